@@ -1,0 +1,181 @@
+"""The plan: a layout for every stage, the reshardings between them, and what they cost. Prints as a table, keeps as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from .errors import DspError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Enter:
+    """One primitive on the way into a stage. Bytes are wire bytes per device, for all `tensors` together."""
+
+    primitive: str
+    tensor: str
+    mesh_dim: str
+    source: str
+    target: str
+    forward_bytes: float
+    backward_bytes: float
+    tensors: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["from"], found["to"] = found.pop("source"), found.pop("target")
+        return found
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Enter:
+        rest = {key: value for key, value in data.items() if key not in ("from", "to")}
+        return cls(source=data["from"], target=data["to"], **rest)
+
+
+@dataclass(frozen=True)
+class PlanStage:
+    """Neighbouring ops that run on one layout. `layout`: per mesh dim the sharded factor, or "R"."""
+
+    index: int
+    name: str
+    ops: int
+    computes_over: tuple[str, ...]
+    layout: Mapping[str, str]
+    enter: tuple[Enter, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `dsp_auto.plan` decided, as plain data.
+
+    communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
+        counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
+    memory: bytes of activations per device at the worst program point, and the capacity they were held under.
+    factors: name, size and kind of every factor that is not a feature.
+    without_rule: ops that no rule covers and that therefore run replicated.
+    seconds: what making the plan took. solver: what the solver said; bytes, or seconds for the objective "time".
+    """
+
+    mesh: Mapping[str, int]
+    objective: str
+    strategy: str
+    stages: tuple[PlanStage, ...]
+    communication: Mapping[str, Any]
+    memory: Mapping[str, Any]
+    factors: tuple[Mapping[str, Any], ...]
+    without_rule: tuple[Mapping[str, Any], ...]
+    seconds: Mapping[str, float]
+    solver: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: `json.dumps(plan.to_json())`."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data["stages"] = [
+            {
+                **{name: getattr(stage, name) for name in stage.__dataclass_fields__},
+                "enter": [e.to_json() for e in stage.enter],
+            }
+            for stage in self.stages
+        ]
+        return json.loads(json.dumps({"format": FORMAT, **data}))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str) -> Plan:
+        """The plan that `to_json` wrote. Raises DspError where the data is none."""
+        try:
+            data = dict(json.loads(data) if isinstance(data, str) else data)
+            if data.pop("format", None) != FORMAT:
+                raise DspError(
+                    asked="this is no plan", found=f"its format is not {FORMAT}", remedy="make the plan again"
+                )
+            stages = tuple(
+                PlanStage(
+                    **{
+                        **stage,
+                        "computes_over": tuple(stage["computes_over"]),
+                        "enter": tuple(Enter.from_json(entry) for entry in stage["enter"]),
+                    }
+                )
+                for stage in data.pop("stages")
+            )
+            lists = {name: tuple(data.pop(name)) for name in ("factors", "without_rule")}
+            return cls(stages=stages, **lists, **data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DspError(asked="this is no plan", found=f"{type(error).__name__}: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal plans, whatever they took to make."""
+        data = self.to_json()
+        del data["seconds"]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        rows = []
+        for stage in self.stages:
+            layout = ", ".join(f"{dim}: {factor}" for dim, factor in stage.layout.items())
+            head = [stage.index, stage.name, stage.ops, " ".join(stage.computes_over), layout]
+            entries = stage.enter or (None,)
+            for number, entry in enumerate(entries):
+                cells = (
+                    ["", "", ""]
+                    if entry is None
+                    else [_way_in(entry), *map(_bytes, (entry.forward_bytes, entry.backward_bytes))]
+                )
+                rows.append([*(head if number == 0 else [""] * len(head)), *cells])
+        table = tabulate(
+            rows,
+            headers=["stage", "module", "ops", "computes over", "shards", "on the way in", "forward", "backward"],
+            disable_numparse=True,
+            colalign=("right", "left", "right", "left", "left", "left", "right", "right"),
+        )
+        return f"{self._headline()}\n\n{table}\n\n{self._totals()}"
+
+    def _headline(self) -> str:
+        mesh = " x ".join(f"{name}={size}" for name, size in self.mesh.items())
+        factors = ", ".join(f"{f['name']}={f['size']}" for f in self.factors if f["kind"] == "sequence")
+        return (
+            f"mesh {mesh}, strategy {self.strategy}, objective {self.objective}; sequence factors {factors or 'none'}"
+        )
+
+    def _totals(self) -> str:
+        total, solver = self.communication, self.solver
+        by_primitive = ", ".join(f"{entry['count']} {name}" for name, entry in total["by_primitive"].items())
+        lines = [
+            f"wire bytes per device: forward {_bytes(total['forward_bytes'])}, backward {_bytes(total['backward_bytes'])}"
+            f" (paper's forward volume {_bytes(total['paper_forward_volume'])}): {by_primitive or 'no communication'}",
+            f"activations per device: {_bytes(self.memory['peak_bytes'])} at the peak, "
+            f"held under {_bytes(self.memory['capacity_bytes'])}",
+            f"solver {solver['name']}: {solver['status']}, {solver['variables']} variables, {solver['constraints']} "
+            f"constraints, gap {solver['gap']:.2%}; seconds: "
+            + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()),
+        ]
+        if self.without_rule:
+            names = sorted({entry["target"] for entry in self.without_rule})
+            cost = sum(entry["bytes"] for entry in self.without_rule)
+            lines.append(f"no rule, run replicated: {', '.join(names)} ({_bytes(cost)} on every device)")
+        return "\n".join(lines)
+
+
+def _way_in(entry: Enter) -> str:
+    tensor = entry.tensor if entry.tensors == 1 else f"{entry.tensors} tensors"
+    way = "" if entry.source == entry.target else f" {entry.source} -> {entry.target}"
+    return f"{entry.primitive}{way} ({entry.mesh_dim}): {tensor}"
+
+
+def _bytes(amount: float) -> str:
+    if not amount:
+        return "0"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(amount) < 1024 or unit == "GiB":
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    raise AssertionError

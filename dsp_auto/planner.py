@@ -1,0 +1,290 @@
+"""`plan`: the whole line from a model to a plan, readable top to bottom."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .cost_models.compute import op_flops, op_seconds
+from .cost_models.hardware import Hardware, as_hardware
+from .errors import LayoutError, StrategyError
+from .mesh import Mesh, as_mesh
+from .passes.buckets import Bucket, make_buckets
+from .passes.capture import Program, capture
+from .passes.enumerate_strategies import check_preset, shardable_factors
+from .passes.factorize import Factors, factorize
+from .passes.layout import Layout, R, Shard
+from .passes.rewrite import rewrite
+from .passes.solve import OBJECTIVES, Problem, Solution, solve
+from .passes.stages import StageGraph, make_stages
+from .passes.summarize import summarize
+from .plan import Plan
+
+LayoutSpec = Mapping[str, int | str | None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to plan; checked when made, so that nothing is captured for a strategy that does not exist."""
+
+    objective: str = "volume"
+    capacity: int | None = None
+    strategy: str = "auto"
+    hardware: Hardware | None = None
+    dim_names: Mapping[str, str] | None = None
+    in_layouts: Mapping[str, LayoutSpec] | None = None
+    out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None
+    time_limit: float = 60.0
+
+    @classmethod
+    def of(cls, capacity: int | str | None = None, hardware: str | Hardware | None = None, **rest: Any) -> Options:
+        options = cls(capacity=parse_capacity(capacity), hardware=as_hardware(hardware), **rest)
+        check_preset(options.strategy)
+        if options.objective not in OBJECTIVES:
+            raise StrategyError(
+                asked=f"objective {options.objective!r}",
+                found="no such objective",
+                remedy=f"use one of {', '.join(OBJECTIVES)}",
+            )
+        if options.objective == "time" and options.hardware is None:
+            options = replace(options, hardware=as_hardware("h100"))
+        return options
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_capacity(capacity: int | str | None) -> int | None:
+    """Bytes from bytes, `"80GB"` or `"512MiB"`. Raises StrategyError for anything else."""
+    if capacity is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(capacity))
+    if isinstance(capacity, bool) or found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+        raise StrategyError(
+            asked=f"capacity {capacity!r}", found="not an amount of memory", remedy='give bytes, "80GB" or "512MiB"'
+        )
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A captured model and its problem, before anything is decided."""
+
+    program: Program
+    problem: Problem
+    options: Options
+    seconds: Mapping[str, float]
+
+
+def plan(
+    model: nn.Module,
+    mesh: Any,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    objective: str = "volume",
+    capacity: int | str | None = None,
+    strategy: str = "auto",
+    hardware: str | Hardware | None = None,
+    dim_names: Mapping[str, str] | None = None,
+    in_layouts: Mapping[str, LayoutSpec] | None = None,
+    out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None,
+    time_limit: float = 60.0,
+) -> Plan:
+    """Plan `model(*args, **kwargs)` over `mesh`, with no process group, no GPU and no weights.
+
+    model, args, kwargs: real, fake or on `meta`; nothing is computed and nothing changes. Under `torch.no_grad()` the plan
+        is for inference.
+    mesh: a DeviceMesh, `"8"`, `"2x4"` or a `Mesh`.
+    objective: "volume" (wire bytes of forward, backward and gradient synchronization) or "time" (seconds by the
+        alpha-beta and roofline models on `hardware`).
+    capacity: bytes of activations per device (or `"80GB"`); without it, the least that any plan reaches, plus 10%.
+    strategy: "dsp" (sequence factors only), or "auto", which for now is the same.
+    dim_names: names of the inputs' dims for people: `{"video": "B T S C"}`.
+    in_layouts: how inputs arrive, `{"video": {"sp": 1}}`: cut along dim 1 over mesh dim sp. out_layouts: how outputs leave,
+        `{"sp": 1}`, or one entry for each tensor the model returns. What is not named is replicated.
+    time_limit: seconds for the solver; the plan carries the gap that is left.
+
+    Raises CaptureError, LayoutError, MeshError, NoShardableFactorError, StrategyError and InfeasibleError.
+    """
+    options = Options.of(
+        capacity,
+        hardware,
+        objective=objective,
+        strategy=strategy,
+        dim_names=dim_names,
+        in_layouts=in_layouts,
+        out_layouts=out_layouts,
+        time_limit=time_limit,
+    )
+    abstract = as_mesh(mesh)
+    prepared = prepare(model, abstract, args, kwargs, options)
+    solution = decide(prepared)
+    return finish(prepared, solution, (0,) * len(abstract.sizes), abstract.names)[0]
+
+
+def prepare(model: nn.Module, mesh: Mesh, args: tuple, kwargs: Mapping[str, Any] | None, options: Options) -> Prepared:
+    """capture -> factorize -> enumerate -> stages."""
+    program = capture(model, args, kwargs)
+    started = time.perf_counter()
+    with _no_garbage_collection():
+        factors = factorize(program, options.dim_names)
+        shardable = shardable_factors(factors, mesh, options.strategy)
+        graph = make_stages(
+            program,
+            factors,
+            mesh,
+            shardable,
+            _in_layouts(program, factors, mesh, options.in_layouts or {}),
+            _out_layouts(program, factors, mesh, options.out_layouts),
+        )
+        problem = Problem(
+            program, graph, options.objective, options.hardware, _compute_seconds(program, graph, options)
+        )
+    return Prepared(program, problem, options, {**program.seconds, "prepare": time.perf_counter() - started})
+
+
+def decide(prepared: Prepared) -> Solution:
+    """solve."""
+    with _no_garbage_collection():
+        return solve(prepared.problem, prepared.options.capacity, time_limit=prepared.options.time_limit)
+
+
+def finish(
+    prepared: Prepared, solution: Solution, coordinate: Sequence[int], groups: Sequence[str]
+) -> tuple[Plan, fx.GraphModule]:
+    """The plan, and the program of the rank at `coordinate`."""
+    started = time.perf_counter()
+    with _no_garbage_collection():
+        buckets: tuple[Bucket, ...] = make_buckets(
+            prepared.problem.graph, prepared.problem.reshardings(solution.choice)
+        )
+        module = rewrite(prepared.program, prepared.problem, solution.choice, buckets, coordinate, groups)
+    seconds = {
+        "export": prepared.seconds["export"],
+        "capture": prepared.seconds["capture"],
+        "plan": prepared.seconds["prepare"] + sum(solution.seconds.values()),
+        "rewrite": time.perf_counter() - started,
+    }
+    return summarize(prepared.problem, solution, buckets, prepared.options.strategy, seconds), module
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Planning makes many small objects that all live on: collections in between only cost time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _compute_seconds(program: Program, graph: StageGraph, options: Options) -> Callable[[int, int], float] | None:
+    """Roofline seconds of a stage under one of its strategies, for the objective "time"."""
+    if options.objective != "time":
+        return None
+    whole: dict[int, float] = {}
+
+    def seconds(stage: int, strategy: int) -> float:
+        entry = graph.stages[stage]
+        if entry.op is None:
+            return 0.0
+        if stage not in whole:
+            node = entry.op.node
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+            values = graph.factors.values
+            moved = sum(values[v].nbytes for v in (*entry.op.operands, *entry.op.results))
+            with torch.no_grad():
+                flops = op_flops(node.target, args, kwargs)
+            whole[stage] = op_seconds(flops, moved, options.hardware, program.training)
+        shards = 1
+        for factor, ranks in zip(entry.strategies[strategy].factors, graph.mesh.sizes):
+            shards *= ranks if factor is not None else 1
+        return whole[stage] / shards
+
+    return seconds
+
+
+def _in_layouts(program: Program, factors: Factors, mesh: Mesh, specs: Mapping[str, LayoutSpec]) -> dict[str, Layout]:
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    inputs = {e.name: n.name for n, e in zip(nodes, program.inputs, strict=True) if e.kind == "input"}
+    inputs = {name: node for name, node in inputs.items() if (node, 0) in factors.values}
+    unknown = [name for name in specs if name not in inputs]
+    if unknown:
+        raise LayoutError(
+            asked=f"in_layouts names the input {unknown[0]!r}",
+            found=f"the model's tensor inputs are {', '.join(inputs) or 'none'}",
+            remedy="use one of these names",
+        )
+    return {inputs[name]: layout_of(spec, factors, (inputs[name], 0), mesh, name) for name, spec in specs.items()}
+
+
+def _out_layouts(program: Program, factors: Factors, mesh: Mesh, specs: Any) -> dict[int, Layout]:
+    if specs is None:
+        return {}
+    from .passes.factorize import value_id
+
+    outputs = program.graph.output_node().args[0]
+    tensors = [
+        (number, value_id(node))
+        for number, node in enumerate(outputs)
+        if number >= len(program.mutated) and isinstance(node, fx.Node) and value_id(node) in factors.values
+    ]
+    listed = [specs] if isinstance(specs, Mapping) else list(specs)
+    if len(listed) != len(tensors):
+        raise LayoutError(
+            asked=f"out_layouts describes {len(listed)} outputs",
+            found=f"the model returns {len(tensors)} tensors",
+            remedy="give one entry for each tensor that the model returns, None for replicated ones",
+        )
+    return {
+        number: layout_of(spec, factors, value, mesh, f"output {position}")
+        for position, ((number, value), spec) in enumerate(zip(tensors, listed))
+        if spec is not None
+    }
+
+
+def layout_of(spec: LayoutSpec, factors: Factors, value: tuple[str, int], mesh: Mesh, label: str) -> Layout:
+    """The layout that a user wrote as `{"sp": 1}` (mesh dim -> dim of the tensor, None for replicated).
+
+    Raises LayoutError where the mesh, the dim, or enough elements in it do not exist.
+    """
+    entry = factors.values[value]
+    found: list[Any] = [R] * len(mesh.sizes)
+
+    def wrong(problem: str, remedy: str) -> LayoutError:
+        shape = f"{label} is {list(entry.shape)}, dims {factors.show(value)}"
+        return LayoutError(asked=f"layout {dict(spec)!r} of {label}", found=f"{problem} ({shape})", remedy=remedy)
+
+    for name, dim in spec.items():
+        if name not in mesh.names:
+            raise wrong(f"the mesh has no dim {name!r}", f"its dims are {', '.join(mesh.names)}")
+        if dim is None:
+            continue
+        if isinstance(dim, str):
+            dims = [n for n, own in enumerate(entry.dims) if [factors.names[f] for f in own] == [dim]]
+            if len(dims) != 1:
+                raise wrong(f"it has {'no' if not dims else 'more than one'} dim {dim!r}", "give the dim's number")
+            dim = dims[0]
+        if not -len(entry.dims) <= dim < len(entry.dims):
+            raise wrong(f"it has no dim {dim}", f"use 0 to {len(entry.dims) - 1}")
+        dim %= len(entry.dims)
+        m = mesh.names.index(name)
+        if not entry.dims[dim] or factors.sizes[entry.dims[dim][0]] < mesh.sizes[m]:
+            raise wrong(f"dim {dim} cannot be cut over {mesh.sizes[m]} ranks", "choose a longer dim")
+        placement = Shard(sum(len(own) for own in entry.dims[:dim]))
+        if placement in found:
+            raise wrong(f"two mesh dims cut dim {dim}", "cut each dim over one mesh dim")
+        found[m] = placement
+    return tuple(found)

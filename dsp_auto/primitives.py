@@ -1,0 +1,394 @@
+"""The primitives between layouts (design section 3): ops of the `dsp` namespace, forward and exact adjoint.
+
+    S(i) -> S(j)   switch            all-to-all          backward: switch j -> i
+    R    -> S(i)   split             local slice         backward: gather
+    S(i) -> R      gather            all-gather          backward: split, or reduce-scatter
+    P    -> R      reduce            all-reduce          backward: identity, or all-reduce
+    P    -> S(i)   reduce_scatter    reduce-scatter      backward: gather
+    R    -> R      replicate         identity            backward: one all-reduce of all gradients
+
+They are called as `torch.ops.dsp.switch(x, ...)`. `ranks`, `rank` and the group's name are arguments, so a
+graph is made, printed and propagated on fake tensors without a process group; only running it needs one.
+`partial_grad=True` names the Replicate whose gradient is Partial (ranks do different work with the value),
+the default the one whose gradient is replicated too. Partial means a sum. Shards follow `torch.tensor_split`
+(see dsp_auto.shards): uneven and empty ones are normal, nothing is padded. Outputs are contiguous where anything
+was communicated or cut. `ranks == 1` returns x.
+
+Each op is registered as CompositeImplicitAutograd: autograd, fake tensors and torch.compile look through it
+and see functional collectives and their waits, while a graph captured above it keeps one readable node.
+
+Raises `LayoutError` where dims, sizes, ranks or dtypes do not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsp_auto import measure
+from dsp_auto.errors import LayoutError
+from dsp_auto.shards import shard_range, shard_sizes
+
+_library = torch.library.Library("dsp", "DEF")  # unregisters its ops when collected, so it must live
+_c10d = torch.ops._c10d_functional
+
+# What every backend moves as it is. The rest (bool, complex, float8, int16, ...) travels as bytes.
+_MOVED_AS_IS = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8),
+}
+
+
+class _At(NamedTuple):
+    """Where and for whom a primitive communicates."""
+
+    ranks: int
+    rank: int
+    group: str
+    primitive: str
+    direction: str = "forward"
+
+    def backward(self) -> _At:
+        return self._replace(direction="backward")
+
+
+# The ops. Each checks, then runs its forward, under autograd only where somebody wants a gradient.
+
+
+def _switch(
+    x: Tensor, gather_dim: int, gather_size: int, scatter_dim: int, ranks: int, rank: int, group: str
+) -> Tensor:
+    at = _site("switch", ranks, rank, group)
+    gather_dim, scatter_dim = _dim(x, gather_dim, at), _dim(x, scatter_dim, at)
+    if gather_dim == scatter_dim:
+        raise LayoutError(f"switch: gather_dim and scatter_dim are both {gather_dim}; nothing to switch")
+    _check_shard(x, gather_dim, gather_size, at)
+    if ranks == 1:
+        return x
+    if _wants_grad(x):
+        return _Switch.apply(x, gather_dim, gather_size, scatter_dim, at)
+    return _run_switch(x, gather_dim, gather_size, scatter_dim, at)
+
+
+def _split(x: Tensor, dim: int, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
+    at = _site("split", ranks, rank, group)
+    dim = _dim(x, dim, at)
+    if ranks == 1:
+        return x
+    if _wants_grad(x):
+        return _Split.apply(x, dim, partial_grad, at)
+    return _run_split(x, dim, at)
+
+
+def _gather(x: Tensor, dim: int, size: int, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
+    at = _site("gather", ranks, rank, group)
+    dim = _dim(x, dim, at)
+    _check_shard(x, dim, size, at)
+    if ranks == 1:
+        return x
+    if _wants_grad(x):
+        return _Gather.apply(x, dim, size, partial_grad, at)
+    return _run_gather(x, dim, size, at)
+
+
+def _reduce(x: Tensor, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
+    at = _site("reduce", ranks, rank, group)
+    _check_summable(x, at)
+    if ranks == 1:
+        return x
+    if _wants_grad(x):
+        return _Reduce.apply(x, partial_grad, at)
+    return _run_all_reduce(x, at)
+
+
+def _reduce_scatter(x: Tensor, dim: int, ranks: int, rank: int, group: str) -> Tensor:
+    at = _site("reduce_scatter", ranks, rank, group)
+    dim = _dim(x, dim, at)
+    _check_summable(x, at)
+    if ranks == 1:
+        return x
+    if _wants_grad(x):
+        return _ReduceScatter.apply(x, dim, at)
+    return _run_reduce_scatter(x, dim, at)
+
+
+def _replicate(xs: list[Tensor], ranks: int, rank: int, group: str) -> list[Tensor]:
+    at = _site("replicate", ranks, rank, group)
+    out = list(xs)
+    wanted = [i for i, x in enumerate(xs) if _wants_grad(x)]
+    if ranks > 1 and wanted:
+        for i, y in zip(wanted, _Replicate.apply(at, *(xs[i] for i in wanted))):
+            out[i] = y
+    return out
+
+
+for _schema, _op in {
+    "switch(Tensor x, int gather_dim, int gather_size, int scatter_dim, int ranks, int rank, str group)"
+    " -> Tensor": _switch,
+    "split(Tensor x, int dim, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _split,
+    "gather(Tensor x, int dim, int size, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _gather,
+    "reduce(Tensor x, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _reduce,
+    "reduce_scatter(Tensor x, int dim, int ranks, int rank, str group) -> Tensor": _reduce_scatter,
+    "replicate(Tensor[] xs, int ranks, int rank, str group) -> Tensor[]": _replicate,
+}.items():
+    _library.impl(_library.define(_schema), _op, "CompositeImplicitAutograd")
+
+
+# Adjoints. None of them saves a tensor: sizes are all they need.
+
+
+class _Switch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather_dim: int, gather_size: int, scatter_dim: int, at: _At) -> Tensor:
+        ctx.back = (scatter_dim, x.shape[scatter_dim], gather_dim)
+        ctx.at = at
+        return _run_switch(x, gather_dim, gather_size, scatter_dim, at)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _run_switch(grad, *ctx.back, ctx.at.backward()), None, None, None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, partial_grad: bool, at: _At) -> Tensor:
+        ctx.dim, ctx.size, ctx.partial_grad, ctx.at = dim, x.shape[dim], partial_grad, at
+        return _run_split(x, dim, at)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        if ctx.partial_grad:  # the other ranks' slices are their terms of the sum
+            start, length = shard_range(ctx.size, ctx.at.ranks, ctx.at.rank)
+            whole = grad.new_zeros(_resized(grad, ctx.dim, ctx.size))
+            whole.narrow(ctx.dim, start, length).copy_(grad)
+        else:
+            whole = _run_gather(grad, ctx.dim, ctx.size, ctx.at.backward())
+        return whole, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, partial_grad: bool, at: _At) -> Tensor:
+        ctx.dim, ctx.partial_grad, ctx.at = dim, partial_grad, at
+        return _run_gather(x, dim, size, at)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        run = _run_reduce_scatter if ctx.partial_grad else _run_split
+        return run(grad, ctx.dim, ctx.at.backward()), None, None, None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, partial_grad: bool, at: _At) -> Tensor:
+        ctx.partial_grad, ctx.at = partial_grad, at
+        return _run_all_reduce(x, at)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _run_all_reduce(grad, ctx.at.backward()) if ctx.partial_grad else grad, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, at: _At) -> Tensor:
+        ctx.dim, ctx.size, ctx.at = dim, x.shape[dim], at
+        return _run_reduce_scatter(x, dim, at)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _run_gather(grad, ctx.dim, ctx.size, ctx.at.backward()), None, None
+
+
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, at: _At, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.at = at
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        # A member without a gradient here arrives as zeros (autograd materializes them), because another rank
+        # may have one: every rank must bring the same elements to the collective.
+        alike: dict[tuple, list[int]] = defaultdict(list)
+        for i, grad in enumerate(grads):
+            alike[grad.dtype, grad.device].append(i)
+        at, summed = ctx.at.backward(), list(grads)
+        for members in alike.values():
+            if len(members) == 1:
+                summed[members[0]] = _run_all_reduce(grads[members[0]], at)
+                continue
+            flat = torch.cat([grads[i].reshape(-1) for i in members])
+            pieces = _run_all_reduce(flat, at, owned=True).split([grads[i].numel() for i in members])
+            for i, piece in zip(members, pieces):
+                summed[i] = piece.view(grads[i].shape)
+        return None, *summed
+
+
+# What runs.
+
+
+def _run_switch(x: Tensor, gather_dim: int, gather_size: int, scatter_dim: int, at: _At) -> Tensor:
+    gathered, scattered = shard_sizes(gather_size, at.ranks), shard_sizes(x.shape[scatter_dim], at.ranks)
+    rest = _numel_without(x, gather_dim, scatter_dim)
+    sends = [gathered[at.rank] * n * rest for n in scattered]
+    receives = [n * scattered[at.rank] * rest for n in gathered]
+    received = _all_to_all(_pack(x, scatter_dim, at.ranks), receives, sends, at)
+    shape = _resized(x, gather_dim, gather_size)
+    shape[scatter_dim] = scattered[at.rank]
+    return _unpack(received, shape, gather_dim, at.ranks)
+
+
+def _run_split(x: Tensor, dim: int, at: _At) -> Tensor:
+    start, length = shard_range(x.shape[dim], at.ranks, at.rank)
+    # clone, not contiguous(): a leading slice is contiguous already, and as a view would keep all of x alive
+    return x.narrow(dim, start, length).clone(memory_format=torch.contiguous_format)
+
+
+def _run_gather(x: Tensor, dim: int, size: int, at: _At) -> Tensor:
+    flat = x.reshape(-1)
+    if size % at.ranks == 0:
+        received = _communicate(_c10d.all_gather_into_tensor, at, _as_moved(flat), at.ranks, at.group)
+        received = _as_was(received, x.dtype)
+    else:  # all-gather wants equal shards; sending mine to every rank puts the same bytes on the wire
+        rest = _numel_without(x, dim)
+        receives = [n * rest for n in shard_sizes(size, at.ranks)]
+        received = _all_to_all(flat.repeat(at.ranks), receives, [flat.numel()] * at.ranks, at)
+    return _unpack(received, _resized(x, dim, size), dim, at.ranks)
+
+
+def _run_reduce_scatter(x: Tensor, dim: int, at: _At) -> Tensor:
+    sizes = shard_sizes(x.shape[dim], at.ranks)
+    shape = _resized(x, dim, sizes[at.rank])
+    packed = _pack(x, dim, at.ranks)
+    if x.shape[dim] % at.ranks == 0:
+        return _communicate(_c10d.reduce_scatter_tensor, at, packed, "sum", at.ranks, at.group).view(shape)
+    rest = _numel_without(x, dim)  # reduce-scatter wants equal shards: exchange the terms and sum them here
+    terms = _all_to_all(packed, [sizes[at.rank] * rest] * at.ranks, [n * rest for n in sizes], at)
+    return terms.view(at.ranks, *shape).sum(0, dtype=x.dtype)
+
+
+def _run_all_reduce(x: Tensor, at: _At, owned: bool = False) -> Tensor:
+    """`owned`: nobody else holds x, so it may be overwritten. A compiler decides that for itself."""
+    op = _c10d.all_reduce_ if owned and type(x) is Tensor else _c10d.all_reduce
+    return _communicate(op, at, x.contiguous(), "sum", at.group)
+
+
+def _all_to_all(flat: Tensor, receives: list[int], sends: list[int], at: _At) -> Tensor:
+    """Exchanges the blocks of a flat tensor; counts are elements."""
+    wire = _as_moved(flat)
+    if wire is not flat:
+        scale = flat.element_size()
+        receives, sends = [n * scale for n in receives], [n * scale for n in sends]
+    received = _communicate(_c10d.all_to_all_single, at, wire, receives, sends, at.group)
+    return _as_was(received, flat.dtype)
+
+
+def _communicate(op: Any, at: _At, *args: Any) -> Tensor:
+    if not measure.counting():
+        return _c10d.wait_tensor(op(*args))
+    with measure.label(at.primitive, at.direction, at.ranks, at.rank):
+        return _c10d.wait_tensor(op(*args))
+
+
+# Blocks. A flat buffer holds one contiguous block per rank, in rank order; block r is shard r along a dim.
+
+
+def _pack(x: Tensor, dim: int, ranks: int) -> Tensor:
+    """All shards of x along dim, one after the other, flat. No copy where they already lie so."""
+    if _leads(x.shape, dim):
+        return x.reshape(-1)
+    sizes = shard_sizes(x.shape[dim], ranks)
+    if sizes[0] == sizes[-1]:
+        return _blocks(x, dim, ranks).reshape(-1)
+    # Shards come in two sizes, so two strided copies do, whatever the number of ranks.
+    flat = x.new_empty(x.numel())
+    larger = sizes.count(sizes[0])
+    halves = [sum(sizes[:larger]), sum(sizes[larger:])]
+    for part, buffer, count in zip(x.split(halves, dim), _split_flat(flat, halves), (larger, ranks - larger)):
+        blocks = _blocks(part, dim, count)
+        buffer.view(blocks.shape).copy_(blocks)
+    return flat
+
+
+def _unpack(flat: Tensor, shape: list[int], dim: int, ranks: int) -> Tensor:
+    """The tensor of `shape` whose shards along dim lie in `flat`: the inverse of `_pack`."""
+    if _leads(shape, dim):
+        return flat.view(shape)
+    sizes = shard_sizes(shape[dim], ranks)
+    if sizes[0] == sizes[-1]:
+        return flat.view(ranks, *shape[:dim], sizes[0], *shape[dim + 1 :]).movedim(0, dim).reshape(shape)
+    blocks = _split_flat(flat, sizes)
+    return torch.cat([b.view(*shape[:dim], n, *shape[dim + 1 :]) for b, n in zip(blocks, sizes)], dim)
+
+
+def _split_flat(flat: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Cuts a flat tensor in proportion to `sizes`."""
+    rest = flat.numel() // sum(sizes)
+    return flat.split([n * rest for n in sizes])
+
+
+def _leads(shape: Any, dim: int) -> bool:
+    return all(n == 1 for n in shape[:dim])
+
+
+def _blocks(x: Tensor, dim: int, count: int) -> Tensor:
+    """View of x cut into `count` equal pieces along dim, the pieces as dim 0."""
+    return x.unflatten(dim, (count, x.shape[dim] // count)).movedim(dim, 0)
+
+
+def _numel_without(x: Tensor, *dims: int) -> int:
+    return math.prod(n for d, n in enumerate(x.shape) if d not in dims)
+
+
+def _resized(x: Tensor, dim: int, size: int) -> list[int]:
+    shape = list(x.shape)
+    shape[dim] = size
+    return shape
+
+
+def _as_moved(flat: Tensor) -> Tensor:
+    return flat if flat.dtype in _MOVED_AS_IS else flat.view(torch.uint8)
+
+
+def _as_was(wire: Tensor, dtype: torch.dtype) -> Tensor:
+    return wire if wire.dtype == dtype else wire.view(dtype)
+
+
+# Checks. Cheap: they run at every call.
+
+
+def _wants_grad(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _site(primitive: str, ranks: int, rank: int, group: str) -> _At:
+    if not 0 <= rank < ranks:
+        raise LayoutError(f"{primitive}: rank {rank} is not one of {ranks} ranks")
+    return _At(ranks, rank, group, primitive)
+
+
+def _dim(x: Tensor, dim: int, at: _At) -> int:
+    if not -x.ndim <= dim < x.ndim:
+        raise LayoutError(f"{at.primitive}: no dim {dim} in a tensor of shape {list(x.shape)}")
+    return dim % x.ndim
+
+
+def _check_shard(x: Tensor, dim: int, size: int, at: _At) -> None:
+    if size < 0:
+        raise LayoutError(f"{at.primitive}: dim {dim} cannot have {size} elements")
+    length = shard_range(size, at.ranks, at.rank)[1]
+    if x.shape[dim] != length:
+        raise LayoutError(
+            f"{at.primitive}: dim {dim} of shape {list(x.shape)} holds {x.shape[dim]} elements, but "
+            f"rank {at.rank} of {at.ranks} holds {length} of {size}"
+        )
+
+
+def _check_summable(x: Tensor, at: _At) -> None:
+    if x.dtype == torch.bool:
+        raise LayoutError(f"{at.primitive}: a bool tensor of shape {list(x.shape)} cannot be a partial sum")

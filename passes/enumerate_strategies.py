@@ -1,0 +1,172 @@
+"""Enumerate: the legal ways to run each op, read off its rule.
+
+On one mesh dim an op either shards one factor of one of its axes, or runs replicated:
+
+    shard      operands and results that have the factor are Shard there; operands that lack it are used by sharded
+               work, so they are Replicate with a Partial gradient; results that lack it, because the op sums it away,
+               are Partial
+    replicate  all operands and results Replicate
+    varying    under training, all operands and results Replicate with a Partial gradient
+
+With several mesh dims: one choice each, no two on the same place. Which factors may be sharded is the preset's business.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dsp_auto.errors import MeshError, NoShardableFactorError, StrategyError
+from dsp_auto.mesh import Mesh
+
+from .factorize import Factors, Op
+from .layout import Layout, P, Placement, R, Shard, V
+
+# The kinds of factor that each preset may shard.
+PRESETS: Mapping[str, frozenset[str]] = {
+    "dsp": frozenset({"sequence"}),
+    "auto": frozenset({"sequence"}),
+}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to run one op.
+
+    factors: per mesh dim the factor that it shards, None where it runs replicated.
+    axes: per mesh dim the rule's axis that the factor belongs to, and which of the axis's factors it is.
+    """
+
+    factors: tuple[int | None, ...]
+    axes: tuple[tuple[str, int] | None, ...]
+    operands: tuple[Layout, ...]
+    results: tuple[Layout, ...]
+
+
+def check_preset(strategy: str) -> None:
+    """Raises StrategyError for a strategy that does not exist."""
+    if strategy not in PRESETS:
+        raise StrategyError(
+            asked=f"strategy {strategy!r}", found="no such strategy", remedy=f"use one of {', '.join(sorted(PRESETS))}"
+        )
+
+
+def shardable_factors(factors: Factors, mesh: Mesh, strategy: str) -> tuple[frozenset[int], ...]:
+    """Per mesh dim, the factors that `strategy` may shard over it.
+
+    Raises NoShardableFactorError where the model has none of the kind, MeshError where each is shorter than the mesh dim.
+    """
+    check_preset(strategy)
+    kinds = PRESETS[strategy]
+    splittable = {factor for op in factors.ops for axis, own in op.axes.items() if op.can_shard(axis) for factor in own}
+    wanted = [factor for factor, kind in factors.kinds.items() if kind in kinds and factor in splittable]
+    if mesh.ranks == 1:
+        return tuple(frozenset() for _ in mesh.sizes)
+    if not wanted:
+        raise NoShardableFactorError(
+            asked=f"strategy {strategy!r} over mesh {mesh}",
+            found=f"the model has no {' or '.join(sorted(kinds))} factor that any op computes in parallel (its factors: "
+            f"{_describe(factors, list(factors.kinds))})",
+            remedy="this model has nothing to share out along a sequence; use data parallelism",
+        )
+    found = []
+    for name, size in zip(mesh.names, mesh.sizes, strict=True):
+        fitting = frozenset(factor for factor in wanted if factors.sizes[factor] >= size) if size > 1 else frozenset()
+        if size > 1 and not fitting:
+            longest = max(wanted, key=lambda factor: factors.sizes[factor])
+            raise MeshError(
+                asked=f"cannot shard over mesh dim {name} of {size} ranks",
+                found=f"every factor that strategy {strategy!r} may shard is shorter: {_describe(factors, wanted)}",
+                remedy=f"use at most {factors.sizes[longest]} ranks",
+            )
+        found.append(fitting)
+    return tuple(found)
+
+
+def _describe(factors: Factors, which: list[int], limit: int = 8) -> str:
+    shown = [f"{factors.names[f]}={factors.sizes[f]} ({factors.kinds[f]})" for f in which[:limit]]
+    return ", ".join(shown) + (", …" if len(which) > limit else "")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What one mesh dim does with an op: the (axis, which of its factors) it shards, or None, and the placements."""
+
+    sharded: tuple[str, int] | None
+    factor: int | None
+    operands: tuple[Placement, ...]
+    results: tuple[Placement, ...]
+
+
+def enumerate_strategies(op: Op, factors: Factors, shardable: tuple[frozenset[int], ...]) -> tuple[Strategy, ...]:
+    """The strategies of one op, replicated first. `shardable`: per mesh dim, see `shardable_factors`."""
+    grad = Canonical(op, factors)
+    per_dim = [_choices(op, grad, allowed) for allowed in shardable]
+    found = []
+    for combination in itertools.product(*per_dim):
+        sharded = [choice.sharded for choice in combination if choice.sharded]
+        if len(set(sharded)) == len(sharded):
+            found.append(
+                Strategy(
+                    tuple(choice.factor for choice in combination),
+                    tuple(choice.sharded for choice in combination),
+                    tuple(zip(*(choice.operands for choice in combination))) if op.operands else (),
+                    tuple(zip(*(choice.results for choice in combination))) if op.results else (),
+                )
+            )
+    return tuple(dict.fromkeys(found))
+
+
+class Canonical:
+    """Writes the two kinds of Replicate as one for tensors whose gradient nobody asks for."""
+
+    def __init__(self, op: Op, factors: Factors) -> None:
+        # Where no result needs a gradient, none flows back to the operands either.
+        flows = any(factors.values[result].requires_grad for result in op.results)
+        self.operands = [flows and factors.values[operand].requires_grad for operand in op.operands]
+        self.results = [factors.values[result].requires_grad for result in op.results]
+
+    def choice(
+        self,
+        sharded: tuple[str, int] | None,
+        factor: int | None,
+        operand: Callable[[int], Placement],
+        result: Callable[[int], Placement],
+    ) -> _Choice:
+        return _Choice(
+            sharded,
+            factor,
+            tuple(without_gradient(operand(n)) if not grad else operand(n) for n, grad in enumerate(self.operands)),
+            tuple(without_gradient(result(n)) if not grad else result(n) for n, grad in enumerate(self.results)),
+        )
+
+
+def without_gradient(placement: Placement) -> Placement:
+    return R if placement == V else placement
+
+
+def _choices(op: Op, grad: Canonical, allowed: frozenset[int]) -> list[_Choice]:
+    found = [grad.choice(None, None, lambda n: R, lambda n: R)]
+    if any(grad.operands) and allowed:
+        found.append(grad.choice(None, None, lambda n: V, lambda n: V))
+    if op.rule is None:
+        return found
+    operand_places = [op.places(dims) for dims in op.rule.inputs]
+    result_places = [op.places(dims) for dims in op.rule.outputs]
+    for axis, own in op.axes.items():
+        if not op.can_shard(axis):
+            continue
+        for index, factor in enumerate(own):
+            if factor not in allowed:
+                continue
+            key = (axis, index)
+
+            def operand(n: int, key=key) -> Placement:
+                return Shard(operand_places[n][key]) if key in operand_places[n] else V
+
+            def result(n: int, key=key) -> Placement:
+                return Shard(result_places[n][key]) if key in result_places[n] else P
+
+            found.append(grad.choice(key, factor, operand, result))
+    return found

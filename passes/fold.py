@@ -1,0 +1,55 @@
+"""Fold: stages of repeated blocks that may share one decision."""
+
+from __future__ import annotations
+
+import numpy
+
+from .stages import StageGraph
+
+
+def fold(graph: StageGraph) -> tuple[int, ...]:
+    """For each stage the first stage it shares its decision with (itself, where it stands alone).
+
+    Looks for the longest stretch of stages that repeats with some period, then on both sides of it. Sharing asks only
+    for equal lists of strategies, so it is a restriction of the problem and never makes it wrong.
+    """
+    numbers: dict[tuple, int] = {}
+    tokens = numpy.array([numbers.setdefault(_token(graph, stage), len(numbers)) for stage in graph.stages])
+    same = list(range(len(tokens)))
+    todo = [(0, len(tokens))]
+    while todo:
+        begin, end = todo.pop()
+        found = _longest_repeat(tokens[begin:end])
+        if found is None:
+            continue
+        start, period, copies = found
+        for n in range(period * copies):
+            same[begin + start + n] = begin + start + n % period
+        todo += [(begin, begin + start), (begin + start + period * copies, end)]
+    return tuple(same)
+
+
+def _token(graph: StageGraph, stage) -> tuple:
+    """Stages with equal tokens are the same op on the same factors."""
+    return (
+        stage.kind,
+        str(stage.op.node.target) if stage.op is not None else stage.results,
+        id(stage.strategies),
+        tuple((graph.storages[result].root.shape, graph.storages[result].root.itemsize) for result in stage.results),
+        tuple((graph.storages[use.storage].kind, use.grad, use.wanted) for use in stage.uses),
+    )
+
+
+def _longest_repeat(tokens: numpy.ndarray) -> tuple[int, int, int] | None:
+    """(start, period, copies) of the stretch `copies` x `period` that covers most, the shortest period of these."""
+    best, covered = None, 0
+    for period in range(1, len(tokens) // 2 + 1):
+        if len(tokens) // period * period <= covered:
+            continue
+        equal = numpy.concatenate(([False], tokens[period:] == tokens[:-period], [False]))
+        edges = numpy.flatnonzero(numpy.diff(equal.astype(numpy.int8)))
+        for start, stop in zip(edges[::2], edges[1::2]):
+            copies = (stop - start) // period + 1
+            if copies > 1 and copies * period > covered:
+                best, covered = (int(start), period, int(copies)), copies * period
+    return best

@@ -1,0 +1,251 @@
+"""An op's rule: which dims of its operands and results are the same axis, and what may be sharded.
+
+Written the way einops and Shardy write it, `... k, o k, o -> ... o`: one group per tensor operand, one per result;
+a name is an axis, `(b t)` a dim that merges two axes (major first), `1` a dim of size one, `...` the leading dims that
+operands share by broadcasting. An axis is *parallel* (shards compute independently) unless the rule says otherwise:
+
+    whole    the op computes over it (softmax, attention's keys): every rank needs all of it
+    moved    the op moves data along it (slice, cat, flip): every rank needs all of it, but it is no sign of a sequence
+    reduces  the op sums it away: shards give Partial results
+
+An axis of a result that no operand has (`expand`) is parallel too: each rank makes its part. An operand that lacks a
+sharded axis is used by sharded work, so it must be Replicate with a Partial gradient.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from dsp_auto.errors import RuleError
+
+Dim = tuple[str, ...]
+Shape = tuple[int, ...]
+ELLIPSIS = "..."
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Stands for the `index`-th tensor operand in an `OpCall`'s arguments."""
+
+    index: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of an op as a rule sees it: tensors are `Operand`s, everything else is as in the graph."""
+
+    target: Any
+    args: tuple
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Shape, ...]
+    same_dtype: bool = True  # the results have the first operand's dtype
+
+    @cached_property
+    def operands(self) -> tuple[Operand, ...]:
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Operand))
+
+    @cached_property
+    def bound(self) -> dict[str, Any]:
+        """Arguments by the names of the op's schema, defaults filled in."""
+        found = {}
+        for position, argument in enumerate(self.target._schema.arguments):
+            if not argument.kwarg_only and position < len(self.args):
+                found[argument.name] = self.args[position]
+            elif argument.name in self.kwargs:
+                found[argument.name] = self.kwargs[argument.name]
+            else:
+                found[argument.name] = argument.default_value
+        return found
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bound[name]
+
+    def dim(self, value: int, rank: int | None = None) -> int:
+        """A dim argument counted from the front."""
+        rank = len(self.operands[0].shape) if rank is None else rank
+        return value % rank if rank else 0
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a rule knows when it writes one rank's call."""
+
+    outputs: tuple[Shape, ...]  # shapes of the results on this rank
+    sizes: Mapping[str, int]  # this rank's size of each axis
+    whole_sizes: Mapping[str, int]
+    starts: Mapping[str, int]  # where this rank's part of a sharded axis begins; no entry: at 0
+
+
+Emit = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """The factor mapping of one op call. `str(rule)` is its notation."""
+
+    inputs: tuple[tuple[Dim, ...], ...]
+    outputs: tuple[tuple[Dim, ...], ...]
+    sizes: Mapping[str, int]
+    whole: frozenset[str] = frozenset()
+    moved: frozenset[str] = frozenset()
+    reduces: frozenset[str] = frozenset()
+    # The result is the operand, dim sizes and order aside: it costs nothing and has no layout of its own.
+    is_view: bool = False
+    # Draws random numbers: ranks may not split it.
+    is_random: bool = False
+    # Writes this rank's call: local(emit, target, args, kwargs, Local) -> result. None: the call as it stands.
+    local: Callable[..., Any] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for axes in (self.whole, self.moved, self.reduces):
+            unknown = axes - self.sizes.keys()
+            if unknown:
+                raise RuleError(f"rule {self}: no axis {sorted(unknown)}")
+
+    @cached_property
+    def contracts(self) -> bool:
+        """A matmul-like op: an axis of two operands is summed away."""
+        return any(sum(axis in _axes(dims) for dims in self.inputs) > 1 for axis in self.reduces)
+
+    def can_shard(self, axis: str) -> bool:
+        """Whether ranks may each take a part of `axis`."""
+        if self.is_random or axis in self.whole or axis in self.moved:
+            return False
+        return axis in self.reduces or all(axis in _axes(dims) for dims in self.outputs)
+
+    def __str__(self) -> str:
+        text = " -> ".join(
+            ", ".join(" ".join(_show_dim(dim) for dim in dims) or "()" for dims in group)
+            for group in (self.inputs, self.outputs)
+        )
+        notes = [
+            f"{kind}: {' '.join(sorted(axes))}"
+            for kind, axes in (("whole", self.whole), ("moved", self.moved), ("reduces", self.reduces))
+            if axes
+        ]
+        return "; ".join([text, *notes])
+
+
+def _axes(dims: Sequence[Dim]) -> set[str]:
+    return {axis for dim in dims for axis in dim}
+
+
+def _show_dim(dim: Dim) -> str:
+    return "1" if not dim else dim[0] if len(dim) == 1 else f"({' '.join(dim)})"
+
+
+def parse(text: str) -> tuple[list[list[Dim | str]], list[list[Dim | str]]]:
+    """`"b (h d), o d -> b o"` into dims per operand and per result; `...` stays as the string."""
+    sides = text.split("->")
+    if len(sides) != 2:
+        raise RuleError(f"rule {text!r}: expected one '->' between operands and results")
+    return tuple([_parse_group(group, text) for group in side.split(",")] for side in sides)  # type: ignore
+
+
+def _parse_group(group: str, text: str) -> list[Dim | str]:
+    tokens = re.findall(r"\.\.\.|[A-Za-z_]\w*|1|[()]|\S", group)
+    dims: list[Dim | str] = []
+    merged: list[str] | None = None
+    for token in tokens:
+        if token == "(" and merged is None:
+            merged = []
+        elif token == ")" and merged is not None:
+            dims.append(tuple(merged))
+            merged = None
+        elif token == ELLIPSIS and merged is None and ELLIPSIS not in dims:
+            dims.append(ELLIPSIS)
+        elif token == "1" and merged is None:
+            dims.append(())
+        elif re.fullmatch(r"[A-Za-z_]\w*", token):
+            dims.append((token,)) if merged is None else merged.append(token)
+        else:
+            raise RuleError(f"rule {text!r}: {token!r} does not belong in {group.strip()!r}")
+    if merged is not None:
+        raise RuleError(f"rule {text!r}: '(' without ')' in {group.strip()!r}")
+    return dims
+
+
+def from_notation(
+    text: str,
+    call: OpCall,
+    *,
+    whole: Iterable[str] = (),
+    moved: Iterable[str] = (),
+    reduces: Iterable[str] = (),
+    sizes: Mapping[str, int] | None = None,
+    **flags: Any,
+) -> OpRule:
+    """The rule `text` for this call; operands that the call leaves out may stand at the end of the text.
+
+    `sizes` gives the axes of merged dims that no single dim tells.
+    Raises RuleError where text and shapes do not fit, repeating the text, the shape and the axis.
+    """
+    operand_dims, output_dims = parse(text)
+    operands = [operand.shape for operand in call.operands]
+    if len(operands) > len(operand_dims) or len(call.outputs) != len(output_dims):
+        raise RuleError(
+            f"rule {text!r}: {call.target} has {len(operands)} tensor operands and {len(call.outputs)} results"
+        )
+    known: dict[str, int] = dict(sizes or {})
+    pairs = list(zip(operand_dims, operands, strict=False)) + list(zip(output_dims, call.outputs, strict=True))
+    spread = [_spread(dims, shape, text) for dims, shape in pairs]
+    for dims, shape in spread:
+        for dim, size in zip(dims, shape, strict=True):
+            if len(dim) == 1 and size != 1:
+                if known.setdefault(dim[0], size) != size:
+                    raise RuleError(f"rule {text!r}: axis {dim[0]} is {known[dim[0]]} and {size} (shape {shape})")
+    for dims, shape in spread:
+        for dim, size in zip(dims, shape, strict=True):
+            unknown = [axis for axis in dim if axis not in known]
+            if len(dim) > 1 and len(unknown) == 1:
+                rest = 1
+                for axis in dim:
+                    rest *= known.get(axis, 1)
+                if size % rest:
+                    raise RuleError(f"rule {text!r}: dim of size {size} is not a multiple of {rest} (shape {shape})")
+                known[unknown[0]] = size // rest
+    done = []
+    for dims, shape in spread:
+        fixed = []
+        for dim, size in zip(dims, shape, strict=True):
+            product = 1
+            for axis in dim:
+                product *= known.setdefault(axis, 1)
+            if size != 1 and product != size:
+                raise RuleError(f"rule {text!r}: dim {_show_dim(dim)} should be {product}, is {size} (shape {shape})")
+            # A dim of size one against a longer axis is broadcast: this operand does not have the axis.
+            fixed.append(tuple(axis for axis in dim if known[axis] != 1) if size != 1 else ())
+        done.append(tuple(fixed))
+    axes = {axis: size for axis, size in known.items() if size != 1}
+    count = len(operands)
+    return OpRule(
+        inputs=tuple(done[:count]),
+        outputs=tuple(done[count:]),
+        sizes=axes,
+        whole=frozenset(whole) & axes.keys(),
+        moved=frozenset(moved) & axes.keys(),
+        reduces=frozenset(reduces) & axes.keys(),
+        **flags,
+    )
+
+
+def _spread(dims: list[Dim | str], shape: Shape, text: str) -> tuple[list[Dim], Shape]:
+    """`...` replaced by axes named from the right, so that operands broadcast as tensors do."""
+    if ELLIPSIS not in dims:
+        if len(dims) != len(shape):
+            raise RuleError(f"rule {text!r}: {len(dims)} dims written, shape {shape} has {len(shape)}")
+        return dims, shape  # type: ignore
+    extra = len(shape) - (len(dims) - 1)
+    if extra < 0:
+        raise RuleError(f"rule {text!r}: at least {len(dims) - 1} dims written, shape {shape} has {len(shape)}")
+    at = dims.index(ELLIPSIS)
+    leading: list[Dim] = [(f".{position}",) for position in range(extra - 1, -1, -1)]
+    return dims[:at] + leading + dims[at + 1 :], shape  # type: ignore

@@ -1,0 +1,317 @@
+"""Rewrite: the program that one rank runs under a plan.
+
+Every op is emitted on this rank's shapes; where an operand is wanted in another layout than it is made in, primitives
+(`torch.ops.dsp.*`) come first. A storage is resharded once for all who want it that way, and its views are taken again
+from the resharded copy. Parameters that sharded work uses are replicated in buckets, one all-reduce of gradients each.
+Each node keeps its module path, and has its local shape in `meta["val"]` from running the local program on fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import dsp_auto.primitives  # noqa: F401  registers torch.ops.dsp
+from dsp_auto.shards import shard_range
+
+from .buckets import Bucket
+from .capture import Program
+from .factorize import Op, ValueId, value_id
+from .layout import Layout, Replicate, Shard, Step
+from .notation import Local
+from .solve import Problem
+from .stages import Stage, StageGraph, Use, satisfied
+
+aten, dsp = torch.ops.aten, torch.ops.dsp
+_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+def rewrite(
+    program: Program,
+    problem: Problem,
+    choice: Sequence[int],
+    buckets: Sequence[Bucket],
+    coordinate: Sequence[int],
+    groups: Sequence[str],
+) -> fx.GraphModule:
+    """The local program of the rank at `coordinate` of the mesh.
+
+    groups: c10d group name of every mesh dim; any string where the program is only looked at.
+    Takes this rank's inputs in the order of `program.inputs` and returns what `program` returns, in local layouts.
+    """
+    return _Writer(program, problem, choice, buckets, coordinate, groups).write()
+
+
+class _Writer:
+    def __init__(self, program, problem: Problem, choice, buckets, coordinate, groups) -> None:
+        self.program, self.problem, self.choice = program, problem, choice
+        self.graph: StageGraph = problem.graph
+        self.factors = self.graph.factors
+        self.coordinate, self.groups = coordinate, groups
+        self.out = fx.Graph()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.copies: dict[tuple, fx.Node] = {}  # (storage, layout) -> node
+        self.viewed: dict[tuple, fx.Node] = {}
+        self.view_ops = {op.results[0]: op for op in self.factors.ops if op.is_view}
+        self.in_bucket = {storage: bucket for bucket in buckets for storage in bucket.storages}
+        self.interned: dict[tuple, torch.Tensor] = {}
+        self.results: dict[tuple, Any] = {}
+        self.meta: dict[str, Any] = {}
+
+    def write(self) -> fx.GraphModule:
+        stages = {stage.op.name: stage for stage in self.graph.stages if stage.op is not None}
+        attributes = {}
+        with self.fake:
+            for node in self.program.graph.nodes:
+                if node.op == "placeholder":
+                    self._placeholder(node)
+                elif node.op == "get_attr":
+                    new = self.out.get_attr(node.target)
+                    attributes[node.target] = getattr(self.program.module, node.target)
+                    self._source(node, new)
+                elif node.op == "call_function" and node.name in stages:
+                    self._op(stages[node.name].op, stages[node.name])
+                elif node.op == "output":
+                    self._output(node)
+        return fx.GraphModule(attributes, self.out)
+
+    # --- nodes
+
+    def _placeholder(self, node: fx.Node) -> None:
+        new = self.out.placeholder(node.name)
+        if (node.name, 0) in self.graph.storages:
+            self._source(node, new)
+        else:
+            new.meta["val"] = node.meta.get("val")
+
+    def _source(self, node: fx.Node, new: fx.Node) -> None:
+        storage = (node.name, 0)
+        layout = self.problem.made(storage, self.choice)
+        value = node.meta["val"]
+        new.meta["val"] = self._interned(self.local_shape(storage, layout), value)
+        self.copies[storage, layout] = new
+
+    def _interned(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        stride = like.stride() if shape == tuple(like.shape) else None
+        key = (shape, stride, like.dtype, like.device)
+        if key not in self.interned:
+            if stride is None:
+                made = torch.empty(shape, dtype=like.dtype, device=like.device)
+            else:
+                made = torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
+            self.interned[key] = made
+        return self.interned[key]
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """One node of the local program; its value comes from running the op on fake tensors, once per distinct call."""
+        new = self.out.call_function(target, args, kwargs)
+        new.meta.update(self.meta)
+        leaves = pytree.tree_leaves((args, kwargs))
+        key = (
+            target,
+            repr(tuple(id(a.meta["val"]) if isinstance(a, fx.Node) else a for a in leaves)),
+            len(args),
+            *kwargs,
+        )
+        if key not in self.results:
+            values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            self.results[key] = target(*values[0], **values[1])
+        new.meta["val"] = self.results[key]
+        return new
+
+    def _op(self, op: Op, stage: Stage) -> None:
+        strategy = stage.strategies[self.choice[stage.index]]
+        self.meta = {key: op.node.meta[key] for key in _KEPT_META if key in op.node.meta}
+        operands = iter([self.operand(value, use) for value, use in zip(op.operands, stage.uses, strict=True)])
+        args, kwargs = pytree.tree_map(
+            lambda a: next(operands) if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor) else a,
+            (tuple(op.node.args), dict(op.node.kwargs)),
+        )
+        layouts = stage.made[self.choice[stage.index]]
+        local = op.rule.local if op.rule is not None else None
+        if local is None:
+            result = self.emit(op.node.target, *args, **kwargs)
+        else:
+            result = local(self.emit, op.node.target, args, kwargs, self._local(op, strategy, layouts))
+        values = result.meta["val"]
+        single = isinstance(values, torch.Tensor)
+        for storage, layout in zip(op.results, layouts, strict=True):
+            new = result
+            if not single:
+                new = self.out.call_function(operator.getitem, (result, storage[1]))
+                new.meta.update(self.meta)
+                new.meta["val"] = values[storage[1]]
+            expected = self.local_shape(storage, layout)
+            if tuple(new.meta["val"].shape) != expected:
+                raise AssertionError(
+                    f"{op.path}: {op.name} ({op.node.target}) gives {list(new.meta['val'].shape)} on this rank where its "
+                    f"rule {op.rule} says {list(expected)}"
+                )
+            self.copies[storage, layout] = new
+
+    def _local(self, op: Op, strategy, layouts: Sequence[Layout]) -> Local:
+        sizes, starts = dict(op.rule.sizes), {}
+        for m, sharded in enumerate(strategy.axes):
+            if sharded is not None:
+                axis, index = sharded
+                factor = self.factors.sizes[op.axes[axis][index]]
+                start, length = shard_range(factor, self.graph.mesh.sizes[m], self.coordinate[m])
+                sizes[axis] = sizes[axis] // factor * length
+                starts[axis] = starts.get(axis, 0) + start
+        shapes = tuple(self.local_shape(r, layout) for r, layout in zip(op.results, layouts, strict=True))
+        return Local(shapes, sizes, op.rule.sizes, starts)
+
+    def _output(self, node: fx.Node) -> None:
+        stage = self.graph.stages[-1]
+        uses = iter(stage.uses)
+        self.meta = {}
+        results = []
+        for argument in node.args[0]:
+            if isinstance(argument, fx.Node) and value_id(argument) in self.factors.values:
+                results.append(self.operand(value_id(argument), next(uses)))
+            elif isinstance(argument, fx.Node):
+                raise AssertionError(f"the graph returns {argument}, which is no tensor")
+            else:
+                results.append(argument)
+        self.out.output(tuple(results)).meta["val"] = tuple(
+            r.meta["val"] if isinstance(r, fx.Node) else r for r in results
+        )
+
+    # --- layouts
+
+    def local_shape(self, value: ValueId, layout: Layout) -> tuple[int, ...]:
+        """This rank's shape of a value; `layout` names places of the value's storage."""
+        places = self.graph.views[value][1]
+        entry = self.factors.values[value]
+        sharded = {p.place: m for m, p in enumerate(layout) if isinstance(p, Shard)}
+        shape, place = [], 0
+        for dim in entry.dims:
+            size = 1
+            for factor in dim:
+                m = sharded.get(places[place])
+                size *= self._length(factor, m) if m is not None else self.factors.sizes[factor]
+                place += 1
+            shape.append(size)
+        return tuple(shape)
+
+    def _length(self, factor: int, m: int) -> int:
+        return shard_range(self.factors.sizes[factor], self.graph.mesh.sizes[m], self.coordinate[m])[1]
+
+    def operand(self, value: ValueId, use: Use) -> fx.Node:
+        """`value` in the layout that `use` wants, resharded and viewed as needed."""
+        wanted = use.wanted[self.choice[use.stage]]
+        source = self.problem.made(use.storage, self.choice)
+        if satisfied(source, wanted, use.grad):
+            return self._view(value, source)
+        current = source
+        for step in self.problem.resharding(use.storage, source, wanted, use.grad).steps:
+            if (use.storage, step.after) not in self.copies:
+                self._step(use.storage, current, step)
+            current = step.after
+        return self._view(value, current)
+
+    def _step(self, storage: ValueId, current: Layout, step: Step) -> None:
+        if step.primitive == "replicate" and storage in self.in_bucket:
+            self._replicate_bucket(self.in_bucket[storage], step)
+        else:
+            self.copies[storage, step.after] = self._primitive(storage, self.copies[storage, current], step)
+
+    def _replicate_bucket(self, bucket: Bucket, step: Step) -> None:
+        meta, self.meta = self.meta, {}
+        nodes = [self.copies[storage, step.before] for storage in bucket.storages]
+        m = step.mesh_dim
+        result = self.emit(dsp.replicate.default, nodes, self.graph.mesh.sizes[m], self.coordinate[m], self.groups[m])
+        for number, storage in enumerate(bucket.storages):
+            new = self.out.call_function(operator.getitem, (result, number))
+            new.meta["val"] = nodes[number].meta["val"]
+            self.copies[storage, step.after] = new
+        self.meta = meta
+
+    def _primitive(self, storage: ValueId, node: fx.Node, step: Step) -> fx.Node:
+        m = step.mesh_dim
+        where = (self.graph.mesh.sizes[m], self.coordinate[m], self.groups[m])
+        source, target = step.source, step.target
+        split_dims, dim_of = self._unmerged(storage, [p.place for p in (source, target) if isinstance(p, Shard)])
+        if split_dims is not None:
+            node = self.emit(aten.reshape.default, node, self._shape(storage, split_dims, step.before))
+        if step.primitive == "switch":
+            size = self._whole(storage, source)
+            new = self.emit(dsp.switch.default, node, dim_of[source.place], size, dim_of[target.place], *where)
+        elif step.primitive == "split":
+            new = self.emit(dsp.split.default, node, dim_of[target.place], *where, _partial(source))
+        elif step.primitive == "gather":
+            size = self._whole(storage, source)
+            new = self.emit(dsp.gather.default, node, dim_of[source.place], size, *where, _partial(target))
+        elif step.primitive == "reduce":
+            new = self.emit(dsp.reduce.default, node, *where, _partial(target))
+        elif step.primitive == "reduce_scatter":
+            new = self.emit(dsp.reduce_scatter.default, node, dim_of[target.place], *where)
+        else:
+            values = self.emit(dsp.replicate.default, [node], *where)
+            new = self.out.call_function(operator.getitem, (values, 0))
+            new.meta.update(self.meta, val=values.meta["val"][0])
+        if split_dims is not None:
+            new = self.emit(aten.reshape.default, new, list(self.local_shape(storage, step.after)))
+        return new
+
+    def _whole(self, storage: ValueId, placement: Shard) -> int:
+        return self.factors.sizes[self.graph.storages[storage].root.factors[placement.place]]
+
+    def _unmerged(self, storage: ValueId, places: Sequence[int]):
+        """Dims (as lists of places) with the sharded places' dims taken apart, None where none is merged; and the dim of
+        each place."""
+        dims, place = [], 0
+        merged = False
+        for dim in self.graph.storages[storage].root.dims:
+            own = list(range(place, place + len(dim)))
+            place += len(dim)
+            if len(own) > 1 and any(p in own for p in places):
+                dims += [[p] for p in own]
+                merged = True
+            else:
+                dims.append(own)
+        return dims if merged else None, {p: n for n, dim in enumerate(dims) for p in dim}
+
+    def _shape(self, storage: ValueId, dims: Sequence[Sequence[int]], layout: Layout) -> list[int]:
+        """This rank's shape of a storage whose dims are the given lists of places."""
+        factors = self.graph.storages[storage].root.factors
+        sharded = {p.place: m for m, p in enumerate(layout) if isinstance(p, Shard)}
+        return [
+            math.prod(
+                self._length(factors[p], sharded[p]) if p in sharded else self.factors.sizes[factors[p]] for p in dim
+            )
+            for dim in dims
+        ]
+
+    def _view(self, value: ValueId, layout: Layout) -> fx.Node:
+        """`value`, a view of a storage, taken from the storage's copy in `layout`."""
+        storage = self.graph.views[value][0]
+        if value == storage:
+            return self.copies[storage, layout]
+        if (value, layout) not in self.viewed:
+            op = self.view_ops[value]
+            operand = self._view(op.operands[0], layout)
+            meta, self.meta = self.meta, {key: op.node.meta[key] for key in _KEPT_META if key in op.node.meta}
+            shape = self.local_shape(value, layout)
+            local = op.rule.local
+            args, kwargs = pytree.tree_map(
+                lambda a: operand if isinstance(a, fx.Node) else a, (tuple(op.node.args), dict(op.node.kwargs))
+            )
+            if local is None:
+                new = self.emit(op.node.target, *args, **kwargs)
+            else:
+                new = local(self.emit, op.node.target, args, kwargs, Local((shape,), op.rule.sizes, op.rule.sizes, {}))
+            self.viewed[value, layout] = new
+            self.meta = meta
+        return self.viewed[value, layout]
+
+
+def _partial(placement: Any) -> bool:
+    return isinstance(placement, Replicate) and placement.partial_grad

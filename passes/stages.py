@@ -1,0 +1,221 @@
+"""Stages: the graph that the solver decides over, contracted without changing its optimum.
+
+A view (`reshape`, `permute`, a dropout that does nothing) costs nothing on any layout of its operand, and a resharding
+before it or after it moves the same bytes. So views are no decisions: a tensor and all its views are one *storage* with
+one layout, a resharded copy of it can be viewed in every way too, and is made once for all who want it. What is left are
+the ops that compute, one stage each, and the storages between them. A solved plan then shows groups of neighbouring
+stages that ended on one layout, which is what a person calls a stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx
+
+from dsp_auto.mesh import Mesh
+from dsp_auto.shards import shard_sizes
+
+from .capture import Program
+from .enumerate_strategies import Strategy, enumerate_strategies, without_gradient
+from .factorize import Factors, Op, Value, ValueId, value_id
+from .layout import Layout, R, Shard
+
+INPUT, OP, OUTPUT = "input", "op", "output"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A tensor and its views. `maker` is the index of the stage that makes it, `result` which of its results it is."""
+
+    root: Value
+    maker: int
+    result: int
+    kind: str  # "activation", "input" or "parameter" (buffers and constants too)
+
+    @property
+    def id(self) -> ValueId:
+        return self.root.id
+
+
+@dataclass(frozen=True)
+class Use:
+    """One operand of one stage. `wanted[k]` is the layout of `storage` that the stage's k-th strategy needs."""
+
+    storage: ValueId
+    stage: int
+    operand: int
+    wanted: tuple[Layout, ...]
+    grad: bool  # a gradient flows back this way
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One decision: which of `strategies` runs. `made[k]` are the layouts of its results under the k-th."""
+
+    index: int
+    kind: str
+    name: str
+    op: Op | None
+    strategies: tuple[Strategy, ...]
+    results: tuple[ValueId, ...]
+    made: tuple[tuple[Layout, ...], ...]
+    uses: tuple[Use, ...]
+
+    @property
+    def path(self) -> str:
+        """The module that the stage's op stands in; empty for the root, inputs and outputs."""
+        return self.op.path if self.op is not None else ""
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """`views` gives for each value the storage it is a view of, and the storage's place of each of its places."""
+
+    mesh: Mesh
+    factors: Factors
+    stages: tuple[Stage, ...]
+    storages: Mapping[ValueId, Storage]
+    views: Mapping[ValueId, tuple[ValueId, tuple[int, ...]]]
+    training: bool
+
+    @cached_property
+    def uses(self) -> Mapping[ValueId, tuple[Use, ...]]:
+        found: dict[ValueId, list[Use]] = {}
+        for stage in self.stages:
+            for use in stage.uses:
+                found.setdefault(use.storage, []).append(use)
+        return {storage: tuple(uses) for storage, uses in found.items()}
+
+    @cached_property
+    def networkx(self) -> networkx.MultiDiGraph:
+        """Stages as nodes, an edge for each use of a storage."""
+        graph = networkx.MultiDiGraph()
+        graph.add_nodes_from((stage.index, {"name": stage.name, "kind": stage.kind}) for stage in self.stages)
+        graph.add_edges_from(
+            (self.storages[use.storage].maker, stage.index, {"storage": use.storage})
+            for stage in self.stages
+            for use in stage.uses
+        )
+        return graph
+
+    def local_bytes(self, storage: ValueId, layout: Layout) -> int:
+        """Bytes of the storage on the rank that holds most of it."""
+        root = self.storages[storage].root
+        sizes = [self.factors.sizes[factor] for factor in root.factors]
+        for placement, ranks in zip(layout, self.mesh.sizes, strict=True):
+            if isinstance(placement, Shard):
+                sizes[placement.place] = shard_sizes(sizes[placement.place], ranks)[0]
+        return math.prod(sizes) * root.itemsize
+
+
+def make_stages(
+    program: Program,
+    factors: Factors,
+    mesh: Mesh,
+    shardable: tuple[frozenset[int], ...],
+    in_layouts: Mapping[str, Layout] | None = None,
+    out_layouts: Mapping[int, Layout] | None = None,
+) -> StageGraph:
+    """The stage graph of a program.
+
+    in_layouts: placeholder name -> layout in which the input arrives; out_layouts: index among the graph's outputs ->
+    layout in which it leaves. Replicate where nothing is said.
+    """
+    replicated = (R,) * len(mesh.sizes)
+    nothing = (None,) * len(mesh.sizes)
+    stages: list[Stage] = []
+    storages: dict[ValueId, Storage] = {}
+    views: dict[ValueId, tuple[ValueId, tuple[int, ...]]] = {}
+
+    def add_storage(value: ValueId, maker: int, result: int, kind: str) -> None:
+        root = factors.values[value]
+        storages[value] = Storage(root, maker, result, kind)
+        views[value] = (value, tuple(range(len(root.factors))))
+
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    sources = list(zip(placeholders, program.inputs, strict=True))
+    sources += [(node, None) for node in program.graph.nodes if node.op == "get_attr"]
+    for node, entry in sources:
+        value = (node.name, 0)
+        if value not in factors.values:
+            continue
+        kind = "input" if entry is not None and entry.kind == "input" else "parameter"
+        layout = (in_layouts or {}).get(node.name, replicated)
+        index = len(stages)
+        strategy = Strategy(nothing, nothing, (), (layout,))
+        name = entry.name if entry is not None else str(node.target)
+        stages.append(Stage(index, INPUT, name, None, (strategy,), (value,), ((layout,),), ()))
+        add_storage(value, index, 0, kind)
+
+    def translated(layout: Layout, value: ValueId) -> Layout:
+        places = views[value][1]
+        return tuple(Shard(places[p.place]) if isinstance(p, Shard) else p for p in layout)
+
+    known: dict[object, tuple[Strategy, ...]] = {}
+    for op in factors.ops:
+        if op.is_view:
+            storage, places = views[op.operands[0]]
+            before, after = op.places(op.rule.inputs[0]), op.places(op.rule.outputs[0])
+            own = [0] * len(after)
+            for key, place in after.items():
+                own[place] = places[before[key]]
+            views[op.results[0]] = (storage, tuple(own))
+            continue
+        key = _key(op, factors, shardable)
+        if key not in known:
+            known[key] = enumerate_strategies(op, factors, shardable)
+        strategies = known[key]
+        index = len(stages)
+        for number, result in enumerate(op.results):
+            add_storage(result, index, number, "activation")
+        flows = any(factors.values[result].requires_grad for result in op.results)
+        uses = tuple(
+            Use(
+                views[operand][0],
+                index,
+                number,
+                tuple(translated(strategy.operands[number], operand) for strategy in strategies),
+                flows and factors.values[operand].requires_grad,
+            )
+            for number, operand in enumerate(op.operands)
+        )
+        made = tuple(strategy.results for strategy in strategies)
+        stages.append(Stage(index, OP, op.path or op.name, op, strategies, op.results, made, uses))
+
+    index = len(stages)
+    outputs = []
+    for number, argument in enumerate(program.graph.output_node().args[0]):
+        value = None if not hasattr(argument, "meta") else value_id(argument)
+        if value is None or value not in factors.values:
+            continue
+        layout = (out_layouts or {}).get(number, replicated)
+        grad = factors.values[value].requires_grad
+        outputs.append(Use(views[value][0], index, number, (translated(layout, value),), grad))
+    strategy = Strategy(nothing, nothing, tuple(use.wanted[0] for use in outputs), ())
+    stages.append(Stage(index, OUTPUT, "output", None, (strategy,), (), ((),), tuple(outputs)))
+    return StageGraph(mesh, factors, tuple(stages), storages, views, program.training)
+
+
+def _key(op: Op, factors: Factors, shardable: tuple[frozenset[int], ...]) -> tuple:
+    """Ops with equal keys have equal strategies: the same rule over the same shardable factors."""
+    anywhere = frozenset().union(*shardable)
+    return (
+        id(op.rule),
+        tuple((axis, tuple(f if f in anywhere else None for f in own)) for axis, own in op.axes.items()),
+        op.opaque,
+        tuple(factors.values[operand].requires_grad for operand in op.operands),
+        tuple(factors.values[result].requires_grad for result in op.results),
+    )
+
+
+def satisfied(made: Layout, wanted: Layout, grad: bool) -> bool:
+    """Whether a use takes the layout as it is; without a gradient the two kinds of Replicate are one."""
+    return made == wanted or (not grad and strip(made) == strip(wanted))
+
+
+def strip(layout: Layout) -> Layout:
+    return tuple(without_gradient(placement) for placement in layout)

@@ -1,0 +1,210 @@
+"""Summarize: a solved problem as a plan that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import networkx
+import torch
+
+from dsp_auto.plan import Enter, Plan, PlanStage
+
+from .buckets import Bucket
+from .layout import R, show_placement
+from .solve import Problem, Resharding, Solution
+from .stages import OP, OUTPUT, Stage, satisfied
+
+
+def summarize(
+    problem: Problem,
+    solution: Solution,
+    buckets: Sequence[Bucket],
+    strategy: str,
+    seconds: Mapping[str, float],
+) -> Plan:
+    """The plan: stages that ended on one layout and are connected without a resharding are one stage of it."""
+    graph, choice = problem.graph, solution.choice
+    factors, mesh = graph.factors, graph.mesh
+    groups = _groups(problem, choice)
+    group_of = {stage.index: number for number, group in enumerate(groups) for stage in group}
+    reshardings = problem.reshardings(choice)
+    entering: dict[int, list[Resharding]] = {}
+    for resharding in reshardings:
+        entering.setdefault(min(group_of[stage] for stage in _users(problem, choice, resharding)), []).append(
+            resharding
+        )
+    stages = []
+    for number, group in enumerate(groups):
+        stages.append(
+            PlanStage(
+                index=number,
+                name=_name(group),
+                ops=sum(1 for stage in group if stage.kind == OP),
+                computes_over=_computes_over(problem, group),
+                layout=_layout(problem, choice, group),
+                enter=tuple(_enter(problem, entering.get(number, []))),
+            )
+        )
+    return Plan(
+        mesh=dict(zip(mesh.names, mesh.sizes)),
+        objective=problem.objective,
+        strategy=strategy,
+        stages=tuple(stages),
+        communication=_communication(reshardings, buckets),
+        memory={"peak_bytes": solution.peak_bytes, "capacity_bytes": solution.capacity_bytes},
+        factors=tuple(
+            {"name": factors.names[f], "size": factors.sizes[f], "kind": kind}
+            for f, kind in factors.kinds.items()
+            if kind != "feature"
+        ),
+        without_rule=tuple(
+            {
+                "op": stage.op.name,
+                "target": str(stage.op.node.target),
+                "path": stage.op.path,
+                "bytes": sum(factors.values[result].nbytes for result in stage.op.results),
+            }
+            for stage in graph.stages
+            if stage.op is not None and stage.op.rule is None
+        ),
+        seconds=dict(seconds),
+        solver={
+            "name": solution.solver,
+            "status": solution.status,
+            "objective": _number(solution.objective),
+            "bound": _number(solution.bound),
+            "gap": solution.gap,
+            "variables": solution.variables,
+            "constraints": solution.constraints,
+            "folded": solution.folded,
+        },
+        versions={"torch": torch.__version__},
+    )
+
+
+def _groups(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
+    graph = problem.graph
+    links = networkx.Graph()
+    for stage in graph.stages:
+        if stage.kind not in (OP, OUTPUT):
+            continue
+        links.add_node(stage.index)
+        for use in stage.uses:
+            maker = graph.stages[graph.storages[use.storage].maker]
+            if maker.kind != OP or stage.kind != OP:
+                continue
+            same = maker.strategies[choice[maker.index]].factors == stage.strategies[choice[stage.index]].factors
+            if same and satisfied(problem.made(use.storage, choice), use.wanted[choice[stage.index]], use.grad):
+                links.add_edge(maker.index, stage.index)
+    found = sorted(sorted(component) for component in networkx.connected_components(links))
+    return [[graph.stages[index] for index in component] for component in found]
+
+
+def _users(problem: Problem, choice: Sequence[int], resharding: Resharding) -> list[int]:
+    source = problem.made(resharding.storage, choice)
+    found = []
+    for use in problem.graph.uses[resharding.storage]:
+        wanted = use.wanted[choice[use.stage]]
+        if use.grad == resharding.grad and not satisfied(source, wanted, use.grad):
+            if satisfied(resharding.target, wanted, use.grad):
+                found.append(use.stage)
+    return found
+
+
+def _name(group: Sequence[Stage]) -> str:
+    """The blocks that a stage spans: module paths up to their first number."""
+    if group[0].kind == OUTPUT:
+        return "output"
+    blocks: dict[str, None] = {}
+    for stage in group:
+        parts = stage.path.split(".") if stage.path else []
+        number = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+        block = ".".join(parts[: number + 1] if number is not None else parts[:1])
+        if block:
+            blocks[block] = None
+    names = list(blocks)
+    if not names:
+        return group[0].op.name
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]}"
+
+
+def _computes_over(problem: Problem, group: Sequence[Stage]) -> tuple[str, ...]:
+    factors = problem.graph.factors
+    found: dict[str, None] = {}
+    for stage in group:
+        if stage.op is None or stage.op.rule is None:
+            continue
+        for axis in sorted(stage.op.rule.whole | stage.op.rule.reduces):
+            for factor in stage.op.axes[axis]:
+                if factors.kinds[factor] == "sequence":
+                    found[factors.names[factor]] = None
+    return tuple(found)
+
+
+def _layout(problem: Problem, choice: Sequence[int], group: Sequence[Stage]) -> dict[str, str]:
+    graph = problem.graph
+    sharded = group[0].strategies[choice[group[0].index]].factors
+    if group[0].kind == OUTPUT and group[0].uses:
+        use = group[0].uses[0]
+        names = graph.factors.factor_names(use.storage)
+        return {name: show_placement(p, names) for name, p in zip(graph.mesh.names, use.wanted[0])}
+    return {name: "R" if f is None else graph.factors.names[f] for name, f in zip(graph.mesh.names, sharded)}
+
+
+def _enter(problem: Problem, reshardings: Sequence[Resharding]) -> list[Enter]:
+    graph = problem.graph
+    found: list[Enter] = []
+    gathered: dict[str, list[Enter]] = {}
+    for resharding in reshardings:
+        names = graph.factors.factor_names(resharding.storage)
+        storage = graph.storages[resharding.storage]
+        label = graph.stages[storage.maker].name if storage.kind != "activation" else storage.id[0]
+        for step, cost in zip(resharding.steps, resharding.costs):
+            entry = Enter(
+                step.primitive,
+                label,
+                graph.mesh.names[step.mesh_dim],
+                show_placement(step.source, names),
+                show_placement(step.target, names),
+                _number(cost.forward_bytes),
+                _number(cost.backward_bytes),
+            )
+            if step.primitive == "replicate" and storage.kind == "parameter":
+                gathered.setdefault(entry.mesh_dim, []).append(entry)
+            else:
+                found.append(entry)
+    for mesh_dim, entries in gathered.items():
+        backward = _number(sum(entry.backward_bytes for entry in entries))
+        label = ", ".join(entry.tensor for entry in entries)
+        found.append(Enter("replicate", label, mesh_dim, str(show_placement(R, ())), "R", 0, backward, len(entries)))
+    return found
+
+
+def _communication(reshardings: Sequence[Resharding], buckets: Sequence[Bucket]) -> dict[str, Any]:
+    in_bucket = {storage for bucket in buckets for storage in bucket.storages}
+    by_primitive: dict[str, dict[str, float]] = {}
+    paper = 0.0
+    for resharding in reshardings:
+        for step, cost in zip(resharding.steps, resharding.costs):
+            entry = by_primitive.setdefault(step.primitive, {"count": 0, "forward_bytes": 0.0, "backward_bytes": 0.0})
+            entry["count"] += 0 if resharding.storage in in_bucket else 1
+            entry["forward_bytes"] += cost.forward_bytes
+            entry["backward_bytes"] += cost.backward_bytes
+            paper += cost.paper_volume
+    if buckets:
+        by_primitive["replicate"]["count"] += sum(len(bucket.mesh_dims) for bucket in buckets)
+    for entry in by_primitive.values():
+        entry.update({name: _number(value) for name, value in entry.items()})
+    return {
+        "forward_bytes": _number(sum(entry["forward_bytes"] for entry in by_primitive.values())),
+        "backward_bytes": _number(sum(entry["backward_bytes"] for entry in by_primitive.values())),
+        "paper_forward_volume": _number(paper),
+        "by_primitive": by_primitive,
+    }
+
+
+def _number(value: float) -> float:
+    """Whole numbers as int: bytes of even shards are whole."""
+    nearest = round(value)
+    return nearest if abs(value - nearest) < 1e-6 * max(1.0, abs(value)) * 1e-3 else value

@@ -1,0 +1,1 @@
+"""Small versions of models, with random weights. Each `build` returns (model, args, kwargs)."""
