@@ -207,7 +207,8 @@ class ParallelModule(nn.Module):
         groups = (
             [self.mesh.get_group(m).group_name for m in range(self.mesh.ndim)] if dist.is_initialized() else ["", ""]
         )
-        plan, module = agreement.together(lambda: finish(ready, solution, coordinate, groups))
+        plan, graph = agreement.together(lambda: finish(ready, solution, coordinate, groups))
+        module = fx.GraphModule(ready.program.module, graph)
         agreement.check(
             plan.digest + str(ready.program.graph),
             lambda: f"torch {torch.__version__}, plan {plan.digest[:12]}, {len(ready.program.graph.nodes)} nodes",

@@ -22,8 +22,9 @@ from .passes.capture import Program, capture
 from .passes.enumerate_strategies import check_preset, shardable_factors
 from .passes.factorize import Factors, factorize
 from .passes.layout import Layout, R, Shard
+from .passes.problem import OBJECTIVES, Problem
 from .passes.rewrite import rewrite
-from .passes.solve import OBJECTIVES, Problem, Solution, solve
+from .passes.solve import Solution, solve
 from .passes.stages import StageGraph, make_stages
 from .passes.summarize import summarize
 from .plan import Plan
@@ -161,21 +162,21 @@ def decide(prepared: Prepared) -> Solution:
 
 def finish(
     prepared: Prepared, solution: Solution, coordinate: Sequence[int], groups: Sequence[str]
-) -> tuple[Plan, fx.GraphModule]:
-    """The plan, and the program of the rank at `coordinate`."""
+) -> tuple[Plan, fx.Graph]:
+    """rewrite: the plan, and the program of the rank at `coordinate`."""
     started = time.perf_counter()
     with _no_garbage_collection():
         buckets: tuple[Bucket, ...] = make_buckets(
             prepared.problem.graph, prepared.problem.reshardings(solution.choice)
         )
-        module = rewrite(prepared.program, prepared.problem, solution.choice, buckets, coordinate, groups)
+        graph = rewrite(prepared.program, prepared.problem, solution.choice, buckets, coordinate, groups)
     seconds = {
         "export": prepared.seconds["export"],
         "capture": prepared.seconds["capture"],
         "plan": prepared.seconds["prepare"] + sum(solution.seconds.values()),
         "rewrite": time.perf_counter() - started,
     }
-    return summarize(prepared.problem, solution, buckets, prepared.options.strategy, seconds), module
+    return summarize(prepared.problem, solution, buckets, prepared.options.strategy, seconds), graph
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .factorize import ValueId
-from .solve import Resharding
+from .problem import Resharding
 from .stages import StageGraph
 
 # As DDP's default: large enough for bandwidth, small enough that the all-reduce starts while backward still runs.

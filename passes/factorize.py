@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import LayoutError
 
@@ -45,7 +44,7 @@ class Value:
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
 
@@ -68,7 +67,7 @@ class Op:
     def name(self) -> str:
         return self.node.name
 
-    @property
+    @cached_property
     def path(self) -> str:
         return module_path(self.node)
 
@@ -155,6 +154,8 @@ class _Pieces:
 
     def unify(self, a: Sequence[int], b: Sequence[int]) -> bool:
         """Make the two sequences the same factors; False, and nothing changed, where their sizes do not nest."""
+        if a == b:
+            return True
         left, right = self.leaves(a), self.leaves(b)
         if left == right:
             return True
@@ -222,11 +223,19 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None) -> F
         axes: dict[str, list[int]] = {}
         opaque: set[str] = set()
         if rule is not None:
-            axes = {axis: [pieces.new(size)] for axis, size in rule.sizes.items()}
             for value_id, mapping in zip(operands, rule.inputs, strict=True):
                 for own, names in zip(dims[value_id], mapping, strict=True):
+                    if len(names) == 1 and names[0] not in axes:
+                        axes[names[0]] = own  # met for the first time, and alone: the dim's own pieces are the axis
+                        continue
+                    for name in names:
+                        if name not in axes:
+                            axes[name] = [pieces.new(rule.sizes[name])]
                     if names and not pieces.unify(own, [p for name in names for p in axes[name]]):
                         opaque |= set(names)
+            for name, size in rule.sizes.items():
+                if name not in axes:
+                    axes[name] = [pieces.new(size)]
         for position, (value_id, value) in enumerate(results):
             if rule is None:
                 dims[value_id] = [[pieces.new(size)] if size != 1 else [] for size in value.shape]
@@ -271,12 +280,20 @@ def value_id(node: fx.Node) -> ValueId:
 
 def operand_ids(node: fx.Node) -> list[ValueId]:
     """The tensor operands of a node, in the order in which its arguments name them."""
-    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
-    return [
-        value_id(leaf)
-        for leaf in leaves
-        if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.Tensor)
-    ]
+    found: list[ValueId] = []
+
+    def note(argument: fx.Node) -> fx.Node:
+        if is_tensor(argument):
+            found.append(value_id(argument))
+        return argument
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return found
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the node stands for one tensor (not for several, nor for a number)."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _rule(node: fx.Node, operands: list[ValueId], nodes: Mapping[ValueId, Any], known: dict) -> OpRule | None:
@@ -285,13 +302,13 @@ def _rule(node: fx.Node, operands: list[ValueId], nodes: Mapping[ValueId, Any], 
     results = [value for value in node_values(node) if isinstance(value, torch.Tensor)]
     position = iter(range(len(operands)))
 
-    def mark(argument: Any) -> Any:
-        if isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor):
-            index = next(position)
-            return Operand(index, shapes[index])
-        return argument
+    def mark(argument: fx.Node) -> Any:
+        if not is_tensor(argument):
+            return argument
+        index = next(position)
+        return Operand(index, shapes[index])
 
-    args, kwargs = pytree.tree_map(mark, (tuple(node.args), dict(node.kwargs)))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), mark)
     same_dtype = not operands or not results or nodes[operands[0]].dtype == results[0].dtype
     call = OpCall(node.target, args, kwargs, tuple(tuple(value.shape) for value in results), same_dtype)
     key = (node.target, repr((args, kwargs)), call.outputs, same_dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy
 
-from .stages import StageGraph
+from .stages import INPUT, StageGraph
 
 
 def fold(graph: StageGraph) -> tuple[int, ...]:
@@ -26,7 +26,18 @@ def fold(graph: StageGraph) -> tuple[int, ...]:
         for n in range(period * copies):
             same[begin + start + n] = begin + start + n % period
         todo += [(begin, begin + start), (begin + start + period * copies, end)]
-    return tuple(same)
+    return tuple(_sources_too(graph, same))
+
+
+def _sources_too(graph: StageGraph, same: list[int]) -> list[int]:
+    """Inputs and parameters that copies of the same stages use in the same way are copies too."""
+    first: dict[tuple, int] = {}
+    for stage in graph.stages:
+        if stage.kind == INPUT:
+            root = graph.storages[stage.results[0]].root
+            uses = tuple((same[use.stage], use.operand) for use in graph.uses.get(root.id, ()))
+            same[stage.index] = first.setdefault((stage.made, root.shape, root.dtype, uses), stage.index)
+    return same
 
 
 def _token(graph: StageGraph, stage) -> tuple:

@@ -1,8 +1,8 @@
 """An op's rule: which dims of its operands and results are the same axis, and what may be sharded.
 
 Written the way einops and Shardy write it, `... k, o k, o -> ... o`: one group per tensor operand, one per result;
-a name is an axis, `(b t)` a dim that merges two axes (major first), `1` a dim of size one, `...` the leading dims that
-operands share by broadcasting. An axis is *parallel* (shards compute independently) unless the rule says otherwise:
+a name is an axis, `(b t)` a dim that merges two axes (major first), `1` a dim of size one, `_` a dim of an operand that
+the op does not read (`type_as`), `...` the leading dims that operands share by broadcasting. An axis is *parallel* (shards compute independently) unless the rule says otherwise:
 
     whole    the op computes over it (softmax, attention's keys): every rank needs all of it
     moved    the op moves data along it (slice, cat, flip): every rank needs all of it, but it is no sign of a sequence
@@ -14,12 +14,14 @@ sharded axis is used by sharded work, so it must be Replicate with a Partial gra
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import RuleError
@@ -27,6 +29,7 @@ from dsp_auto.errors import RuleError
 Dim = tuple[str, ...]
 Shape = tuple[int, ...]
 ELLIPSIS = "..."
+UNREAD: Dim = ("_",)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class OpCall:
     kwargs: Mapping[str, Any]
     outputs: tuple[Shape, ...]
     same_dtype: bool = True  # the results have the first operand's dtype
+
+    @classmethod
+    def of(cls, target: Any, args: tuple, kwargs: Mapping[str, Any], results: Sequence[torch.Tensor]) -> OpCall:
+        """The call of `target` on tensors (real or fake) that gave the tensors `results`."""
+        operands = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+        marks = iter([Operand(index, tuple(tensor.shape)) for index, tensor in enumerate(operands)])
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda _: next(marks), (tuple(args), dict(kwargs)))
+        same_dtype = not operands or not results or operands[0].dtype == results[0].dtype
+        return cls(target, args, kwargs, tuple(tuple(result.shape) for result in results), same_dtype)
 
     @cached_property
     def operands(self) -> tuple[Operand, ...]:
@@ -120,6 +132,18 @@ class OpRule:
         if self.is_random or axis in self.whole or axis in self.moved:
             return False
         return axis in self.reduces or all(axis in _axes(dims) for dims in self.outputs)
+
+    def on_rank(self, sizes: Mapping[str, int], starts: Mapping[str, int]) -> Local:
+        """What one rank computes that has `sizes` of the axes; see `Local`."""
+        sizes = {**self.sizes, **sizes}
+        shapes = tuple(tuple(math.prod(sizes[axis] for axis in dim) for dim in dims) for dims in self.outputs)
+        return Local(shapes, sizes, self.sizes, starts)
+
+    def call(self, emit: Emit, target: Any, args: tuple, kwargs: Mapping[str, Any], here: Local) -> Any:
+        """One rank's call, written with `emit`."""
+        if self.local is None:
+            return emit(target, *args, **kwargs)
+        return self.local(emit, target, args, kwargs, here)
 
     def __str__(self) -> str:
         text = " -> ".join(
@@ -199,7 +223,7 @@ def from_notation(
     spread = [_spread(dims, shape, text) for dims, shape in pairs]
     for dims, shape in spread:
         for dim, size in zip(dims, shape, strict=True):
-            if len(dim) == 1 and size != 1:
+            if len(dim) == 1 and size != 1 and dim != UNREAD:
                 if known.setdefault(dim[0], size) != size:
                     raise RuleError(f"rule {text!r}: axis {dim[0]} is {known[dim[0]]} and {size} (shape {shape})")
     for dims, shape in spread:
@@ -216,6 +240,9 @@ def from_notation(
     for dims, shape in spread:
         fixed = []
         for dim, size in zip(dims, shape, strict=True):
+            if dim == UNREAD:
+                fixed.append(())
+                continue
             product = 1
             for axis in dim:
                 product *= known.setdefault(axis, 1)

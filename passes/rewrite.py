@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 import dsp_auto.primitives  # noqa: F401  registers torch.ops.dsp
 from dsp_auto.shards import shard_range
 
 from .buckets import Bucket
 from .capture import Program
-from .factorize import Op, ValueId, value_id
+from .factorize import Op, ValueId, is_tensor, value_id
 from .layout import Layout, Replicate, Shard, Step
 from .notation import Local
-from .solve import Problem
+from .problem import Problem
 from .stages import Stage, StageGraph, Use, satisfied
 
 aten, dsp = torch.ops.aten, torch.ops.dsp
@@ -40,8 +39,8 @@ def rewrite(
     buckets: Sequence[Bucket],
     coordinate: Sequence[int],
     groups: Sequence[str],
-) -> fx.GraphModule:
-    """The local program of the rank at `coordinate` of the mesh.
+) -> fx.Graph:
+    """The local program of the rank at `coordinate` of the mesh; its `get_attr`s are those of `program.module`.
 
     groups: c10d group name of every mesh dim; any string where the program is only looked at.
     Takes this rank's inputs in the order of `program.inputs` and returns what `program` returns, in local layouts.
@@ -58,6 +57,7 @@ class _Writer:
         self.out = fx.Graph()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.copies: dict[tuple, fx.Node] = {}  # (storage, layout) -> node
+        self.numbers: dict[str, fx.Node] = {}  # results that are no tensors
         self.viewed: dict[tuple, fx.Node] = {}
         self.view_ops = {op.results[0]: op for op in self.factors.ops if op.is_view}
         self.in_bucket = {storage: bucket for bucket in buckets for storage in bucket.storages}
@@ -65,22 +65,20 @@ class _Writer:
         self.results: dict[tuple, Any] = {}
         self.meta: dict[str, Any] = {}
 
-    def write(self) -> fx.GraphModule:
+    def write(self) -> fx.Graph:
         stages = {stage.op.name: stage for stage in self.graph.stages if stage.op is not None}
-        attributes = {}
         with self.fake:
             for node in self.program.graph.nodes:
                 if node.op == "placeholder":
                     self._placeholder(node)
                 elif node.op == "get_attr":
                     new = self.out.get_attr(node.target)
-                    attributes[node.target] = getattr(self.program.module, node.target)
                     self._source(node, new)
                 elif node.op == "call_function" and node.name in stages:
                     self._op(stages[node.name].op, stages[node.name])
                 elif node.op == "output":
                     self._output(node)
-        return fx.GraphModule(attributes, self.out)
+        return self.out
 
     # --- nodes
 
@@ -95,34 +93,31 @@ class _Writer:
         storage = (node.name, 0)
         layout = self.problem.made(storage, self.choice)
         value = node.meta["val"]
-        new.meta["val"] = self._interned(self.local_shape(storage, layout), value)
+        new.meta["val"] = self._fake(self.local_shape(storage, layout), value)
         self.copies[storage, layout] = new
 
-    def _interned(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        stride = like.stride() if shape == tuple(like.shape) else None
-        key = (shape, stride, like.dtype, like.device)
-        if key not in self.interned:
-            if stride is None:
-                made = torch.empty(shape, dtype=like.dtype, device=like.device)
-            else:
-                made = torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
-            self.interned[key] = made
-        return self.interned[key]
+    def _fake(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """A fake tensor like `like`, of the given local shape."""
+        if shape == tuple(like.shape):
+            return self._interned(torch.empty_strided(shape, like.stride(), dtype=like.dtype, device=like.device))
+        return self._interned(torch.empty(shape, dtype=like.dtype, device=like.device))
+
+    def _interned(self, value: Any) -> Any:
+        """One fake tensor for all that look alike, so that equal calls are met again (see `emit`)."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._interned(item) for item in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        return self.interned.setdefault((value.shape, value.stride(), value.dtype, value.device), value)
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """One node of the local program; its value comes from running the op on fake tensors, once per distinct call."""
         new = self.out.call_function(target, args, kwargs)
         new.meta.update(self.meta)
-        leaves = pytree.tree_leaves((args, kwargs))
-        key = (
-            target,
-            repr(tuple(id(a.meta["val"]) if isinstance(a, fx.Node) else a for a in leaves)),
-            len(args),
-            *kwargs,
-        )
+        key = (target, _identity(args), _identity(kwargs))
         if key not in self.results:
             values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-            self.results[key] = target(*values[0], **values[1])
+            self.results[key] = self._interned(target(*values[0], **values[1]))
         new.meta["val"] = self.results[key]
         return new
 
@@ -130,9 +125,8 @@ class _Writer:
         strategy = stage.strategies[self.choice[stage.index]]
         self.meta = {key: op.node.meta[key] for key in _KEPT_META if key in op.node.meta}
         operands = iter([self.operand(value, use) for value, use in zip(op.operands, stage.uses, strict=True)])
-        args, kwargs = pytree.tree_map(
-            lambda a: next(operands) if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor) else a,
-            (tuple(op.node.args), dict(op.node.kwargs)),
+        args, kwargs = fx.map_arg(
+            (op.node.args, op.node.kwargs), lambda n: next(operands) if is_tensor(n) else self.numbers[n.name]
         )
         layouts = stage.made[self.choice[stage.index]]
         local = op.rule.local if op.rule is not None else None
@@ -140,6 +134,8 @@ class _Writer:
             result = self.emit(op.node.target, *args, **kwargs)
         else:
             result = local(self.emit, op.node.target, args, kwargs, self._local(op, strategy, layouts))
+        if not op.results:
+            self.numbers[op.name] = result
         values = result.meta["val"]
         single = isinstance(values, torch.Tensor)
         for storage, layout in zip(op.results, layouts, strict=True):
@@ -227,7 +223,9 @@ class _Writer:
         meta, self.meta = self.meta, {}
         nodes = [self.copies[storage, step.before] for storage in bucket.storages]
         m = step.mesh_dim
-        result = self.emit(dsp.replicate.default, nodes, self.graph.mesh.sizes[m], self.coordinate[m], self.groups[m])
+        arguments = (nodes, self.graph.mesh.sizes[m], self.coordinate[m], self.groups[m])
+        result = self.out.call_function(dsp.replicate.default, arguments)
+        result.meta["val"] = [node.meta["val"] for node in nodes]  # the identity
         for number, storage in enumerate(bucket.storages):
             new = self.out.call_function(operator.getitem, (result, number))
             new.meta["val"] = nodes[number].meta["val"]
@@ -301,9 +299,7 @@ class _Writer:
             meta, self.meta = self.meta, {key: op.node.meta[key] for key in _KEPT_META if key in op.node.meta}
             shape = self.local_shape(value, layout)
             local = op.rule.local
-            args, kwargs = pytree.tree_map(
-                lambda a: operand if isinstance(a, fx.Node) else a, (tuple(op.node.args), dict(op.node.kwargs))
-            )
+            args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: operand)
             if local is None:
                 new = self.emit(op.node.target, *args, **kwargs)
             else:
@@ -311,6 +307,17 @@ class _Writer:
             self.viewed[value, layout] = new
             self.meta = meta
         return self.viewed[value, layout]
+
+
+def _identity(argument: Any) -> Any:
+    """Hashable, and equal for arguments that are the same but for which node they come from."""
+    if isinstance(argument, fx.Node):
+        return id(argument.meta["val"])
+    if isinstance(argument, (tuple, list)):
+        return tuple(_identity(item) for item in argument)
+    if isinstance(argument, dict):
+        return tuple((name, _identity(item)) for name, item in argument.items())
+    return (type(argument), argument)
 
 
 def _partial(placement: Any) -> bool:

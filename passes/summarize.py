@@ -12,7 +12,8 @@ from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
 from .layout import R, show_placement
-from .solve import Problem, Resharding, Solution
+from .problem import Problem, Resharding
+from .solve import Solution
 from .stages import OP, OUTPUT, Stage, satisfied
 
 

@@ -1,0 +1,169 @@
+"""The problem: what any choice of strategies costs and holds in memory, told without a solver.
+
+The solver's integer program is made from the same numbers, and tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dsp_auto.cost_models.communication import FREE, Cost, primitive_cost
+from dsp_auto.cost_models.hardware import Hardware
+from dsp_auto.errors import StrategyError
+
+from .capture import Program
+from .factorize import ValueId
+from .layout import Layout, Replicate, Shard, Step, steps
+from .lifetimes import Internal, Made, Point, Term, Used, lifetimes
+from .stages import StageGraph, satisfied, strip
+
+OBJECTIVES = ("volume", "time")
+
+
+@dataclass(frozen=True)
+class Resharding:
+    """One storage turned from the layout it is made in into one that `grad`-carrying (or not) uses want."""
+
+    storage: ValueId
+    source: Layout
+    target: Layout
+    grad: bool
+    steps: tuple[Step, ...]
+    costs: tuple[Cost, ...]
+
+    @property
+    def cost(self) -> Cost:
+        return sum(self.costs, FREE)
+
+
+class Problem:
+    """Eq. 9 of one program: its costs and memory by strategy, evaluated for any choice without a solver."""
+
+    def __init__(
+        self,
+        program: Program,
+        graph: StageGraph,
+        objective: str = "volume",
+        hardware: Hardware | None = None,
+        compute_seconds: Callable[[int, int], float] | None = None,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise StrategyError(
+                asked=f"objective {objective!r}",
+                found="no such objective",
+                remedy=f"use one of {', '.join(OBJECTIVES)}",
+            )
+        self.graph, self.objective, self.hardware = graph, objective, hardware
+        self.points = lifetimes(program, graph)
+        self.compute_seconds = compute_seconds or (lambda stage, strategy: 0.0)
+        self._reshardings: dict[tuple, Resharding | None] = {}
+        self._bytes: dict[tuple, int] = {}
+
+    def resharding(self, storage: ValueId, source: Layout, target: Layout, grad: bool) -> Resharding | None:
+        """How `storage` gets from `source` to `target`, None where no primitives lead there."""
+        key = (storage, source, target, grad)
+        if key not in self._reshardings:
+            if not grad:
+                source, target = strip(source), strip(target)
+            way = steps(source, target)
+            costs = () if way is None else tuple(self._step_cost(storage, step, grad) for step in way)
+            self._reshardings[key] = None if way is None else Resharding(storage, source, target, grad, way, costs)
+        return self._reshardings[key]
+
+    def _step_cost(self, storage: ValueId, step: Step, grad: bool) -> Cost:
+        graph = self.graph
+        root = graph.storages[storage].root
+        nbytes = root.nbytes
+        for m, placement in enumerate(step.before):
+            if m != step.mesh_dim and isinstance(placement, Shard):
+                nbytes /= graph.mesh.sizes[m]
+        ends = [step.source, step.target]
+        sizes = tuple(graph.factors.sizes[root.factors[p.place]] if isinstance(p, Shard) else 0 for p in ends)
+        partial_grad = any(isinstance(p, Replicate) and p.partial_grad for p in ends)
+        return primitive_cost(
+            step.primitive,
+            nbytes,
+            graph.mesh.sizes[step.mesh_dim],
+            sizes=sizes,
+            grad=grad,
+            partial_grad=partial_grad,
+            hardware=self.hardware,
+            mesh_dim=graph.mesh.names[step.mesh_dim],
+        )
+
+    def weight(self, cost: Cost) -> float:
+        return cost.wire_bytes if self.objective == "volume" else cost.seconds
+
+    def nbytes(self, storage: ValueId, layout: Layout) -> int:
+        """Bytes of a storage in a layout, on the rank that holds most of it."""
+        key = (storage, layout)
+        if key not in self._bytes:
+            self._bytes[key] = self.graph.local_bytes(storage, layout)
+        return self._bytes[key]
+
+    def internal_bytes(self, term: Internal, strategy: int) -> int:
+        shards = 1
+        for factor, ranks in zip(self.graph.stages[term.stage].strategies[strategy].factors, self.graph.mesh.sizes):
+            shards *= ranks if factor is not None else 1
+        return -(-term.nbytes // shards)
+
+    def made(self, storage: ValueId, choice: Sequence[int]) -> Layout:
+        entry = self.graph.storages[storage]
+        return self.graph.stages[entry.maker].made[choice[entry.maker]][entry.result]
+
+    def reshardings(self, choice: Sequence[int]) -> list[Resharding] | None:
+        """All reshardings that a choice needs, each once; None where one of them does not exist."""
+        found: dict[tuple, Resharding] = {}
+        for storage, uses in self.graph.uses.items():
+            source = self.made(storage, choice)
+            for use in uses:
+                target = use.wanted[choice[use.stage]]
+                if satisfied(source, target, use.grad):
+                    continue
+                resharding = self.resharding(storage, source, target, use.grad)
+                if resharding is None:
+                    return None
+                found[storage, resharding.target, use.grad] = resharding
+        return list(found.values())
+
+    def cost(self, choice: Sequence[int]) -> float | None:
+        """The objective of a choice, None where it is impossible."""
+        reshardings = self.reshardings(choice)
+        if reshardings is None:
+            return None
+        compute = 0.0
+        if self.objective == "time":
+            compute = sum(self.compute_seconds(s.index, choice[s.index]) for s in self.graph.stages)
+        return sum(self.weight(r.cost) for r in reshardings) + compute
+
+    def term_bytes(self, term: Term, choice: Sequence[int]) -> int:
+        if isinstance(term, Internal):
+            return self.internal_bytes(term, choice[term.stage])
+        if isinstance(term, Made):
+            return self.nbytes(term.storage, self.made(term.storage, choice))
+        if isinstance(term, Used):
+            wanted = term.use.wanted[choice[term.use.stage]]
+            if term.only_resharded and satisfied(self.made(term.use.storage, choice), wanted, term.use.grad):
+                return 0
+            return self.nbytes(term.use.storage, wanted)
+        layouts = {strip(use.wanted[choice[use.stage]]) for use in term.by_uses}
+        if term.by_maker:
+            layouts.add(strip(self.made(term.storage, choice)))
+        return sum(self.nbytes(term.storage, layout) for layout in layouts)
+
+    def totals(self, choice: Sequence[int]) -> list[int]:
+        """Bytes alive at every program point of a choice."""
+        kept, found = 0, []
+        for point in self.points:
+            kept += sum(self.term_bytes(term, choice) for term in point.kept)
+            found.append(kept + sum(self.term_bytes(term, choice) for term in point.alive))
+        return found
+
+    def peak(self, choice: Sequence[int]) -> tuple[int, Point | None]:
+        """Bytes at the worst program point of a choice, and that point."""
+        totals = self.totals(choice)
+        if not totals:
+            return 0, None
+        worst = max(range(len(totals)), key=totals.__getitem__)
+        return totals[worst], self.points[worst]
