@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +90,7 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     mutated = _mutated(exported)
     _drop_assertions(module.graph)
     grads = _grad_flags(fake, inputs, args, kwargs, exported)
-    training, saved, fakes, leaves = _propagate(module, grads)
+    training, saved, leaves = propagate(module, grads)
     if training:
         _check_gradients(fake, args, kwargs, module, inputs, leaves, len(mutated))
     return Program(
@@ -296,11 +296,13 @@ def module_path(node: fx.Node) -> str:
     return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else ""
 
 
-def _propagate(module: fx.GraphModule, grads: list[bool]):
+def propagate(
+    module: fx.GraphModule, grads: Sequence[bool]
+) -> tuple[bool, dict[str, Saved], list[Any]]:
     """Run the graph node by node on fake tensors that require grad as the model's do.
 
-    Sets every node's `meta["val"]` and returns whether any result requires grad, what each op saves, the fake mode and
-    the placeholders' fake tensors.
+    grads: which placeholders require grad. Sets every node's `meta["val"]` and returns whether any result requires grad,
+    what each op saves, and the placeholders' fake tensors.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     owner: dict[int, tuple[str, int]] = {}
@@ -344,7 +346,7 @@ def _propagate(module: fx.GraphModule, grads: list[bool]):
                 saved[node.name] = _saved(packed, owner, keep)
     results = pytree.tree_leaves(fx.map_arg(module.graph.output_node().args, env.__getitem__))
     training = any(isinstance(r, torch.Tensor) and r.requires_grad for r in results)
-    return training, saved, mode, leaves
+    return training, saved, leaves
 
 
 def _saved(packed: list[torch.Tensor], owner: Mapping[int, tuple[str, int]], keep: list) -> Saved:

@@ -1,0 +1,193 @@
+"""The plan is optimal: the integer program finds what trying every assignment finds, under any capacity."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from dsp_auto.errors import InfeasibleError
+from dsp_auto.passes import model as model_file
+from dsp_auto.passes.layout import P, R, Shard, V, steps
+from dsp_auto.passes.solve import SLACK, solve
+from tests.graphs import Builder, aten, problem_of, random_program
+
+GRAPHS = 240
+LIMIT = 3000  # assignments of one graph
+
+
+def every_choice(problem):
+    """(cost, peak) of every assignment that is possible."""
+    for choice in itertools.product(*(range(len(stage.strategies)) for stage in problem.graph.stages)):
+        cost = problem.cost(choice)
+        if cost is not None:
+            yield cost, problem.peak(choice)[0]
+
+
+def assignments(problem) -> int:
+    return math.prod(len(stage.strategies) for stage in problem.graph.stages)
+
+
+def random_problem(seed: int):
+    draw = random.Random(seed)
+    for attempt in itertools.count():
+        training = draw.random() < 0.5
+        program = random_program(seed * 1000 + attempt, draw.randint(3, 7), training)
+        problem = problem_of(program, draw.choice(["2", "3"]))
+        if 1 < assignments(problem) <= LIMIT:
+            return problem
+
+
+@pytest.mark.parametrize("start", range(0, GRAPHS, 40))
+def test_the_ilp_finds_what_trying_every_assignment_finds_under_any_capacity(start):
+    kinds = set()
+    for seed in range(start, start + 40):
+        problem = random_problem(seed)
+        found = list(every_choice(problem))
+        least = min(peak for _, peak in found)
+        peaks = sorted({peak for _, peak in found})
+        draw = random.Random(seed)
+        for capacity in (None, least, least - 1, draw.choice(peaks), peaks[-1]):
+            allowed = int(least * (1 + SLACK)) if capacity is None else capacity
+            fitting = [cost for cost, peak in found if peak <= allowed]
+            kinds.add("fits" if fitting else "infeasible")
+            if not fitting:
+                with pytest.raises(InfeasibleError) as error:
+                    solve(problem, capacity, use_folding=False)
+                assert error.value.least_bytes == least
+                continue
+            solution = solve(problem, capacity, use_folding=False)
+            assert solution.objective == pytest.approx(min(fitting), abs=1e-6), seed
+            assert solution.peak_bytes <= allowed
+            assert solution.gap == 0
+    assert kinds == {"fits", "infeasible"}
+
+
+def test_contracting_views_never_costs_and_a_view_with_one_use_changes_nothing():
+    """Every view as a stage of its own, against views as part of their storage; inputs and outputs cut differently, so
+    that there is something to send."""
+
+    def uncontracted(factors):
+        ops = tuple(replace(op, rule=op.rule and replace(op.rule, is_view=False)) for op in factors.ops)
+        return replace(factors, ops=ops)
+
+    compared = 0
+    for seed in range(160):
+        program = random_program(seed, 4, training=seed % 2 == 0)
+        ends = {"in_layouts": {"x": (Shard(0),)}, "out_layouts": {0: (Shard(1),)}}
+        plain, whole = problem_of(program, "2", **ends), problem_of(program, "2", uncontracted, **ends)
+        if assignments(whole) > 20000:
+            continue
+        best, best_whole = (min(cost for cost, _ in every_choice(p)) for p in (plain, whole))
+        views = [op for op in plain.graph.factors.ops if op.is_view]
+        single = all(len(op.node.users) == 1 and len(op.node.args[0].users) == 1 for op in views)
+        assert best <= best_whole
+        if single:
+            assert best == best_whole
+            compared += 1
+        assert solve(plain, capacity=10**9, use_folding=False).objective == pytest.approx(best, abs=1e-6)
+        assert solve(whole, capacity=10**9, use_folding=False).objective == pytest.approx(best_whole, abs=1e-6)
+    assert compared >= 15
+
+
+def layered(layers: int, training: bool = True):
+    """Attention-like work over T, then S, `layers` times."""
+    builder = Builder(training)
+    x = builder.input("x", 8, 6, 4)
+    weight = builder.parameter("embed", 4, 4)
+    x = builder.op(aten.linear.default, x, weight)
+    for layer in range(layers):
+        for dim in (0, 1):
+            inner = builder.op(aten.linear.default, x, builder.parameter(f"w{layer}{dim}", 4, 4))
+            inner = builder.op(aten.softmax.int, inner, dim)
+            x = builder.op(aten.add.Tensor, x, inner)
+    return builder.program(x)
+
+
+@pytest.mark.parametrize("ranks", ["2", "3"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_bound_of_a_folded_plan_is_a_lower_bound_of_the_optimum(ranks, training):
+    for layers in (2, 3, 5):
+        problem = problem_of(layered(layers, training), ranks)
+        folded = solve(problem)
+        exact = solve(problem, folded.capacity_bytes, use_folding=False)
+        assert folded.folded and not exact.folded
+        assert folded.bound <= exact.objective + 1e-6 <= folded.objective + 2e-6
+        assert folded.variables < exact.variables or layers == 2
+
+
+def test_under_a_given_capacity_a_folded_plan_far_from_its_bound_is_solved_again_without_folding():
+    problem = problem_of(layered(4), "2")
+    least = solve(problem)
+    for share in (1.0, 1.3, 1.7):
+        capacity = int(least.peak_bytes * share)
+        found = solve(problem, capacity, gap=0.0)
+        assert found.objective == pytest.approx(solve(problem, capacity, use_folding=False).objective)
+
+
+def test_less_capacity_never_costs_less():
+    problem = problem_of(layered(2), "2")
+    least = solve(problem).peak_bytes
+    costs = [solve(problem, int(least * share), use_folding=False).objective for share in (1, 1.1, 1.3, 1.6, 2, 3)]
+    assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
+
+
+def test_a_plan_is_the_same_every_time():
+    problem = problem_of(layered(3), "2")
+    assert solve(problem).choice == solve(problem_of(layered(3), "2")).choice
+
+
+def test_cbc_finds_the_same_cost_where_highs_is_missing(monkeypatch):
+    problem = problem_of(layered(2), "2")
+    by_highs = solve(problem)
+    monkeypatch.setattr(model_file.pulp.HiGHS, "available", lambda self: False)
+    by_cbc = solve(problem)
+    assert (by_highs.solver, by_cbc.solver) == ("HiGHS", "CBC")
+    assert by_cbc.objective == pytest.approx(by_highs.objective)
+
+
+def test_an_infeasible_problem_is_answered_in_words():
+    problem = problem_of(layered(2), "2")
+    least = solve(problem).peak_bytes
+    with pytest.raises(InfeasibleError) as error:
+        solve(problem, least // 2)
+    message = str(error.value)
+    assert error.value.capacity_bytes == least // 2 and error.value.least_bytes == least
+    assert error.value.point.split(" of ")[0] in ("forward", "backward") and error.value.point in message
+    assert "Infeasible" not in message and "status" not in message
+
+
+def test_primitives_lead_from_every_layout_to_every_other_that_exists():
+    ways = {
+        (Shard(0), Shard(1)): ["switch"],
+        (Shard(0), R): ["gather"],
+        (Shard(0), V): ["gather"],
+        (R, Shard(0)): ["split"],
+        (V, Shard(0)): ["split"],
+        (R, V): ["replicate"],
+        (P, R): ["reduce"],
+        (P, V): ["reduce"],
+        (P, Shard(1)): ["reduce_scatter"],
+        (V, R): None,
+        (R, P): None,
+    }
+    for (source, target), primitives in ways.items():
+        found = steps((source,), (target,))
+        assert (None if found is None else [step.primitive for step in found]) == primitives
+
+
+def test_no_step_between_layouts_of_two_mesh_dims_cuts_one_place_twice():
+    placements = (R, Shard(0), Shard(1), Shard(2))
+    layouts = [pair for pair in itertools.product(placements, repeat=2) if pair[0] == R or pair[0] != pair[1]]
+    for source, target in itertools.product(layouts, repeat=2):
+        found = steps(source, target)
+        current = source
+        for step in found:
+            assert step.before == current
+            current = step.after
+            shards = [placement for placement in current if isinstance(placement, Shard)]
+            assert len(set(shards)) == len(shards)
+        assert current == target
