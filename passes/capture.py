@@ -296,9 +296,7 @@ def module_path(node: fx.Node) -> str:
     return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else ""
 
 
-def propagate(
-    module: fx.GraphModule, grads: Sequence[bool]
-) -> tuple[bool, dict[str, Saved], list[Any]]:
+def propagate(module: fx.GraphModule, grads: Sequence[bool]) -> tuple[bool, dict[str, Saved], list[Any]]:
     """Run the graph node by node on fake tensors that require grad as the model's do.
 
     grads: which placeholders require grad. Sets every node's `meta["val"]` and returns whether any result requires grad,

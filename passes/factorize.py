@@ -19,7 +19,7 @@ from torch import fx
 from dsp_auto.errors import LayoutError
 
 from .capture import Program, module_path, node_values
-from .notation import OpCall, Operand, OpRule, Shape
+from .notation import OpCall, OpRule, Shape
 from .rules import find_rule
 
 ValueId = tuple[str, int]  # node name, index among the node's results
@@ -219,7 +219,7 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None) -> F
                 dims[value_id] = [[pieces.new(size)] if size != 1 else [] for size in value.shape]
             continue
         operands = operand_ids(node)
-        rule = _rule(node, operands, nodes, known_rules)
+        rule = _rule(node, known_rules)
         axes: dict[str, list[int]] = {}
         opaque: set[str] = set()
         if rule is not None:
@@ -296,24 +296,14 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _rule(node: fx.Node, operands: list[ValueId], nodes: Mapping[ValueId, Any], known: dict) -> OpRule | None:
+def _rule(node: fx.Node, known: dict) -> OpRule | None:
     """The op's rule; calls that differ only in where their operands come from share it."""
-    shapes = [tuple(nodes[operand].shape) for operand in operands]
     results = [value for value in node_values(node) if isinstance(value, torch.Tensor)]
-    position = iter(range(len(operands)))
-
-    def mark(argument: fx.Node) -> Any:
-        if not is_tensor(argument):
-            return argument
-        index = next(position)
-        return Operand(index, shapes[index])
-
-    args, kwargs = fx.map_arg((node.args, node.kwargs), mark)
-    same_dtype = not operands or not results or nodes[operands[0]].dtype == results[0].dtype
-    call = OpCall(node.target, args, kwargs, tuple(tuple(value.shape) for value in results), same_dtype)
-    key = (node.target, repr((args, kwargs)), call.outputs, same_dtype)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"] if is_tensor(n) else n)
+    call = OpCall.of(node.target, args, kwargs, results)
+    key = (node.target, repr((call.args, call.kwargs)), call.outputs, call.same_dtype)
     if key not in known:
-        sizes = {size for shape in (*shapes, *call.outputs) for size in shape}
+        sizes = {size for shape in (*(o.shape for o in call.operands), *call.outputs) for size in shape}
         is_static = all(isinstance(size, int) for size in sizes) and 0 not in sizes
         known[key] = find_rule(call) if is_static and isinstance(node.target, torch._ops.OpOverload) else None
     return known[key]

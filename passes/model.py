@@ -173,7 +173,8 @@ class Model:
 
     def _group(self) -> list[_Group]:
         found: dict[tuple, _Group] = {}
-        for storage, uses in self.graph.uses.items():
+        for storage in self.graph.storages:
+            uses = self.graph.uses.get(storage, ())
             key = (self._storage_key(storage), tuple(sorted({self._use_key(use) for use in uses})))
             group = found.setdefault(key, _Group(len(found), [], {}))
             group.storages.append(storage)
@@ -231,7 +232,7 @@ class Model:
                     if not satisfied(a, b, grad):
                         a, b = (a, b) if grad else (strip(a), strip(b))
                         wants.setdefault((a, b, grad), {})[tuple(sorted(expression.items()))] = expression
-            depth = min(self._shared_depth(use) for uses in group.uses.values() for use in uses)
+            depth = min((self._shared_depth(use) for uses in group.uses.values() for use in uses), default=0)
             for position, ((a, b, grad), distinct) in enumerate(wants.items()):
                 resharding = self.problem.resharding(storage, a, b, grad)
                 if not resharding.steps:

@@ -1,8 +1,9 @@
 """An op's rule: which dims of its operands and results are the same axis, and what may be sharded.
 
 Written the way einops and Shardy write it, `... k, o k, o -> ... o`: one group per tensor operand, one per result;
-a name is an axis, `(b t)` a dim that merges two axes (major first), `1` a dim of size one, `_` a dim of an operand that
-the op does not read (`type_as`), `...` the leading dims that operands share by broadcasting. An axis is *parallel* (shards compute independently) unless the rule says otherwise:
+a name is an axis, `(b t)` a dim that merges two axes (major first), `1` a dim of size one, `_` a dim of an operand
+that the op does not read (`type_as`), `...` the leading dims that operands share by broadcasting. An axis is *parallel*
+(shards compute independently) unless the rule says otherwise:
 
     whole    the op computes over it (softmax, attention's keys): every rank needs all of it
     moved    the op moves data along it (slice, cat, flip): every rank needs all of it, but it is no sign of a sequence
@@ -42,7 +43,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class OpCall:
-    """One call of an op as a rule sees it: tensors are `Operand`s, everything else is as in the graph."""
+    """One call of an op as a rule sees it: tensors are `Operand`s, everything else is as in the graph.
+
+    Exported graphs give by position whatever the schema lets them, which is where a rule's `local` looks for it.
+    """
 
     target: Any
     args: tuple

@@ -119,11 +119,13 @@ def make_stages(
     shardable: tuple[frozenset[int], ...],
     in_layouts: Mapping[str, Layout] | None = None,
     out_layouts: Mapping[int, Layout] | None = None,
+    may_stay_whole: float | None = None,
 ) -> StageGraph:
     """The stage graph of a program.
 
     in_layouts: placeholder name -> layout in which the input arrives; out_layouts: index among the graph's outputs ->
-    layout in which it leaves. Replicate where nothing is said.
+    layout in which it leaves. Replicate where nothing is said. may_stay_whole: a stage that can be sharded may run
+    replicated only if its results have at most this share of the bytes of the largest result that can be sharded; None: any.
     """
     replicated = (R,) * len(mesh.sizes)
     nothing = (None,) * len(mesh.sizes)
@@ -156,6 +158,7 @@ def make_stages(
         return tuple(Shard(places[p.place]) if isinstance(p, Shard) else p for p in layout)
 
     known: dict[object, tuple[Strategy, ...]] = {}
+    limit = math.inf if may_stay_whole is None else may_stay_whole * _largest_shardable(factors, shardable)
     for op in factors.ops:
         if op.is_view:
             storage, places = views[op.operands[0]]
@@ -165,9 +168,12 @@ def make_stages(
                 own[place] = places[before[key]]
             views[op.results[0]] = (storage, tuple(own))
             continue
-        key = _key(op, factors, shardable)
+        is_large = any(factors.values[result].nbytes > limit for result in op.results)
+        key = (is_large, _key(op, factors, shardable))
         if key not in known:
-            known[key] = enumerate_strategies(op, factors, shardable)
+            found = enumerate_strategies(op, factors, shardable)
+            sharded = tuple(strategy for strategy in found if any(f is not None for f in strategy.factors))
+            known[key] = sharded if is_large and sharded else found
         strategies = known[key]
         index = len(stages)
         for number, result in enumerate(op.results):
@@ -198,6 +204,20 @@ def make_stages(
     strategy = Strategy(nothing, nothing, tuple(use.wanted[0] for use in outputs), ())
     stages.append(Stage(index, OUTPUT, "output", None, (strategy,), (), ((),), tuple(outputs)))
     return StageGraph(mesh, factors, tuple(stages), storages, views, program.training)
+
+
+def _largest_shardable(factors: Factors, shardable: tuple[frozenset[int], ...]) -> int:
+    """Bytes of the largest result that some strategy shards."""
+    anywhere = frozenset().union(*shardable)
+    return max(
+        (
+            factors.values[result].nbytes
+            for op in factors.ops
+            if any(op.can_shard(axis) and not anywhere.isdisjoint(own) for axis, own in op.axes.items())
+            for result in op.results
+        ),
+        default=0,
+    )
 
 
 def _key(op: Op, factors: Factors, shardable: tuple[frozenset[int], ...]) -> tuple:

@@ -17,6 +17,8 @@ def scaled_dot_product_attention(call: OpCall) -> OpRule | None:
     sizes = {}
     if call["enable_gqa"]:
         query, key = call.operands[0].shape, call.operands[1].shape
+        if key[-3] != call.operands[2].shape[-3]:
+            return None
         heads, group = "(g r) ", "g "
         sizes = {"g": key[-3], "r": query[-3] // key[-3]}
     mask_heads = heads

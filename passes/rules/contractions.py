@@ -10,13 +10,26 @@ from . import rule
 aten = torch.ops.aten
 
 
+def bias_once(emit, args: tuple, here: Local, reduces: frozenset[str]) -> tuple:
+    """`args` whose third is a bias, for a call that the ranks sum: one rank adds the bias, the others 0 of it.
+
+    They still use it: every rank must ask for the bias's gradient, or collectives in backward wait for ever.
+    """
+    if len(args) < 3 or args[2] is None or not any(here.starts.get(axis, 0) for axis in reduces):
+        return args
+    return (*args[:2], emit(aten.mul.Tensor, args[2], 0), *args[3:])
+
+
 @rule("aten::linear")
 def linear(call: OpCall) -> OpRule:
     def local(emit, target, args, kwargs, here: Local):
-        # The ranks' results are summed, so only the first shard of k adds the bias.
-        return emit(target, *(args if here.starts.get("k", 0) == 0 else args[:2]))
+        return emit(target, *bias_once(emit, args, here, rule_.reduces), **kwargs)
 
-    return from_notation("... k, o k, o -> ... o", call, reduces="k", local=local)
+    vector = len(call.operands[1].shape) == 1  # one output feature, and no dim for it
+    rule_ = from_notation(
+        "... k, k, ... -> ..." if vector else "... k, o k, o -> ... o", call, reduces="k", local=local
+    )
+    return rule_
 
 
 @rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot")
@@ -35,7 +48,7 @@ def addmm(call: OpCall) -> OpRule:
 
 
 def _added(call: OpCall) -> str:
-    return {1: "n,", 2: "m n,", 3: "... m n,"}[len(call.operands[0].shape)]
+    return {0: ",", 1: "n,", 2: "m n,", 3: "... m n,"}[len(call.operands[0].shape)]
 
 
 @rule("aten::outer", "aten::ger")

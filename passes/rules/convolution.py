@@ -3,8 +3,9 @@ patches overlap, the border belongs to two shards and space stays whole."""
 
 from __future__ import annotations
 
-from ..notation import OpCall, OpRule, from_notation
+from ..notation import Local, OpCall, OpRule, from_notation
 from . import rule
+from .contractions import bias_once
 
 
 @rule("aten::conv1d", "aten::conv2d", "aten::conv3d")
@@ -19,7 +20,7 @@ def conv(call: OpCall) -> OpRule | None:
 
     kernel, size = call.operands[1].shape[2:], call.operands[0].shape[2:]
     stride, padding, dilation = per_dim("stride"), per_dim("padding"), per_dim("dilation")
-    before, weight, after, sizes, whole = [], [], [], {}, []
+    before, weight, after, sizes, whole, moved = [], [], [], {}, [], []
     for n in range(space):
         weight.append(f"k{n}")
         sizes[f"k{n}"] = kernel[n]
@@ -30,9 +31,16 @@ def conv(call: OpCall) -> OpRule | None:
         else:
             before.append(f"i{n}")
             after.append(f"o{n}")
-            whole += [f"i{n}", f"o{n}", f"k{n}"]
+            whole += [f"i{n}", f"o{n}"]
+            moved.append(f"k{n}")
     text = f"b c {' '.join(before)}, o c {' '.join(weight)}, o -> b o {' '.join(after)}"
-    # The bias would be added once a rank if the contracted axes were shared out.
-    contracted = ["c", *(f"k{n}" for n in range(space) if f"k{n}" not in whole)]
-    kind = {"reduces": contracted} if len(call.operands) == 2 else {"moved": contracted}
-    return from_notation(text, call, whole=whole, sizes=sizes, **kind)
+    contracted = ["c", *(f"k{n}" for n in range(space) if f"k{n}" not in moved)]
+
+    def local(emit, target, args, kwargs, here: Local):
+        # A rank with a part of a patch steps from one patch to the next in what it has of them.
+        steps = [step if f"k{n}" in moved else here.sizes.get(f"k{n}", 1) for n, step in enumerate(stride)]
+        data, weight, bias, _, *rest = bias_once(emit, (*args, None, None)[: max(len(args), 4)], here, rule_.reduces)
+        return emit(target, data, weight, bias, steps, *rest, **kwargs)
+
+    rule_ = from_notation(text, call, whole=whole, moved=moved, reduces=contracted, sizes=sizes, local=local)
+    return rule_

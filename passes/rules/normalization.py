@@ -7,12 +7,12 @@ from . import rule
 
 
 @rule("aten::layer_norm", "aten::rms_norm", "aten::native_layer_norm")
-def layer_norm(call: OpCall) -> OpRule | None:
-    if len(call.outputs) != 1:
-        return None
+def layer_norm(call: OpCall) -> OpRule:
     names = [f"n{position}" for position in range(len(call["normalized_shape"]))]
     normalized = " ".join(names)
-    return from_notation(f"... {normalized}, {normalized}, {normalized} -> ... {normalized}", call, whole=names)
+    statistics = f", ... {' '.join('1' for _ in names)}" * (len(call.outputs) - 1)  # of native_layer_norm
+    text = f"... {normalized}, {normalized}, {normalized} -> ... {normalized}{statistics}"
+    return from_notation(text, call, whole=names)
 
 
 @rule("aten::group_norm")

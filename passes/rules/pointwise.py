@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..notation import OpCall, OpRule, from_notation
 from . import rule
+
+aten = torch.ops.aten
 
 
 @rule(
@@ -16,11 +20,17 @@ from . import rule
     "aten::detach",
     "aten::alias",
     "aten::contiguous",
-    "aten::type_as",
     "aten::masked_fill",
     "aten::where",
+    "aten::floor_divide",
+    "aten::__and__",
+    "aten::__or__",
+    "aten::__xor__",
+    "aten::lift_fresh_copy",
 )
-def pointwise(call: OpCall) -> OpRule:
+def pointwise(call: OpCall) -> OpRule | None:
+    if call.target is aten.where.default:
+        return None  # the places of the nonzero elements
     text = ", ".join("..." for _ in call.operands) + " -> " + ", ".join("..." for _ in call.outputs)
     return from_notation(text, call, is_view=_is_identity(call))
 
@@ -29,10 +39,15 @@ def _is_identity(call: OpCall) -> bool:
     return call.target._schema.name in ("aten::contiguous", "aten::alias", "aten::clone")
 
 
-@rule("aten::to", "aten::_to_copy")
+@rule("aten::to", "aten::_to_copy", "aten::type_as")
 def to(call: OpCall) -> OpRule:
-    """A move to the dtype that the tensor has already is no op at all."""
-    return from_notation("... -> ..." if len(call.operands) == 1 else "..., ... -> ...", call, is_view=call.same_dtype)
+    """A move to the dtype that the tensor has already is no op at all. Of another tensor only the dtype is read."""
+    if len(call.operands) == 1:
+        return from_notation("... -> ...", call, is_view=call.same_dtype)
+    own, other = (operand.shape for operand in call.operands)
+    # Where the shapes fit it may be sharded as the operand is; elsewhere it has no axis.
+    fits = all(a == b or 1 in (a, b) for a, b in zip(reversed(own), reversed(other)))
+    return from_notation(f"..., {'...' if fits else '_ ' * len(other)} -> ...", call)
 
 
 @rule("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout")

@@ -14,7 +14,7 @@ def _reduction(call: OpCall, kind: str, **flags) -> OpRule:
     rank = len(call.operands[0].shape)
     dims = call.bound.get("dim")
     dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    gone = {call.dim(dim) for dim in dims}
+    gone = {call.dim(dim) for dim in dims if rank}
     names = [f"d{position}" for position in range(rank)]
     kept = call.bound.get("keepdim", False)
     out = [name if position not in gone else "1" for position, name in enumerate(names) if position not in gone or kept]
@@ -29,17 +29,15 @@ def sum_(call: OpCall) -> OpRule:
 
 @rule("aten::mean")
 def mean(call: OpCall) -> OpRule:
-    """Shards sum their part and divide by the whole count, so that uneven shards weigh right."""
+    """A shard's mean weighs as much as the shard is of the whole, so that uneven shards weigh right."""
 
     def local(emit, target, args, kwargs, here: Local):
         count = whole_count = 1
         for axis in rule_.reduces:
             count *= here.sizes[axis]
             whole_count *= here.whole_sizes[axis]
-        if count == whole_count:
-            return emit(target, *args, **kwargs)
-        total = emit(aten.sum.dim_IntList if target is aten.mean.dim else aten.sum.default, *args, **kwargs)
-        return emit(aten.div.Tensor, total, whole_count)
+        mean = emit(target, *args, **kwargs)
+        return mean if count == whole_count else emit(aten.mul.Tensor, mean, count / whole_count)
 
     rule_ = _reduction(call, "reduces", local=local)
     return rule_
@@ -67,9 +65,11 @@ def whole_reduction(call: OpCall) -> OpRule:
 
 
 @rule("aten::cumsum", "aten::cumprod", "aten::sort", "aten::topk")
-def scan(call: OpCall) -> OpRule:
+def scan(call: OpCall) -> OpRule | None:
     """Each result needs all that stands before it."""
     shape = call.operands[0].shape
+    if not shape:
+        return None
     names = [f"d{position}" for position in range(len(shape))]
     dim = call.dim(call["dim"])
     out = list(names)

@@ -146,7 +146,9 @@ def select(call: OpCall) -> OpRule:
 
 
 @rule("aten::slice", "aten::narrow")
-def slice_(call: OpCall) -> OpRule:
+def slice_(call: OpCall) -> OpRule | None:
+    if call.target is aten.narrow.Tensor:
+        return None  # where it begins is a value
     shape = call.operands[0].shape
     dim = call.dim(call["dim"])
     names = [f"d{position}" for position in range(len(shape))]
@@ -234,23 +236,16 @@ def _local_size(emit, target, args, kwargs, here: Local):
 @rule("aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::new_zeros", "aten::new_ones", "aten::new_full")
 def constant(call: OpCall) -> OpRule:
     """The same value everywhere: each rank makes its part."""
-    names = [f"d{position}" for position in range(len(call.outputs[0]))]
-    other = [f"x{position}" for position in range(len(call.operands[0].shape))] if call.operands else []
-    axes = {name: size for name, size in zip(names, call.outputs[0], strict=True) if size != 1}
-    inputs = (tuple((name,) for name in other),) if call.operands else ()
-    lost = dict(zip(other, call.operands[0].shape, strict=True)) if call.operands else {}
-    return OpRule(
-        inputs,
-        (tuple((name,) if name in axes else () for name in names),),
-        axes | lost,
-        moved=frozenset(lost),
-        local=_local_size,
-    )
+    names = " ".join(f"d{position}" for position in range(len(call.outputs[0])))
+    unread = "_ " * len(call.operands[0].shape) if call.operands else ""
+    return from_notation(f"{unread} -> {names}", call, local=_local_size)
 
 
 @rule("aten::arange", "aten::linspace", "aten::eye")
-def positions(call: OpCall) -> OpRule:
+def positions(call: OpCall) -> OpRule | None:
     """Made from positions: whole on every rank, and split after, so that positions stay global."""
+    if call.operands:
+        return None
     names = [f"d{position}" for position in range(len(call.outputs[0]))]
     sizes = {name: size for name, size in zip(names, call.outputs[0], strict=True) if size != 1}
     dims = tuple((name,) if name in sizes else () for name in names)

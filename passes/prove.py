@@ -1,0 +1,294 @@
+"""Prove: a rule is proven by running it.
+
+Every axis that the rule calls shardable is cut into uneven shards, each rank's call runs by itself, and what the ranks
+hold must come together to what one device computes:
+
+    results       that have the axis stand next to each other; where the rule reduces, they add up
+    gradients     of operands that have the axis stand next to each other; all others add up over the ranks
+
+The second line is the algebra of layouts: an operand that lacks a sharded axis is Replicate with a Partial gradient.
+An axis may be merged from several factors, any one of which is shared out, so its minor part is cut as well.
+Nothing here needs a rule that somebody wrote: `difference` tries one axis of any rule, guessed ones too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from dsp_auto.errors import ProofError
+from dsp_auto.shards import shard_range
+
+from .notation import Dim, OpCall, OpRule
+from .rules import find_rule
+
+# Largest difference allowed, relative to the largest element of the whole result (or to 1).
+_TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-4, torch.complex64: 2e-4}
+_TOLERANCE_HALF = 5e-2
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The axes of one op call that were run in shards, each with the numbers of ranks: `k over 2, 3 ranks`."""
+
+    op: str
+    rule: OpRule
+    axes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def __str__(self) -> str:
+        shown = "; ".join(f"{axis} over {', '.join(map(str, ranks))} ranks" for axis, ranks in self.axes)
+        return f"{self.op}  {self.rule}  proven: {shown or 'nothing to shard'}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One op call on one device: operands, results, cotangents of the results, gradients of the operands.
+
+    Results that have no gradient have no cotangent; operands that get none have None.
+    """
+
+    target: Any
+    args: tuple
+    kwargs: Mapping[str, Any]
+    operands: tuple[torch.Tensor, ...]
+    results: tuple[torch.Tensor, ...]
+    cotangents: tuple[torch.Tensor | None, ...]
+    gradients: tuple[torch.Tensor | None, ...]
+
+    @classmethod
+    def of(cls, target: Any, args: tuple, kwargs: Mapping[str, Any] | None = None) -> Example:
+        args, kwargs = tuple(args), dict(kwargs or {})
+        operands = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        leaves = _leaves(operands)
+        called, named = _replaced(args, kwargs, leaves)
+        results = _tensors(target(*called, **named))
+        generator = torch.Generator().manual_seed(0)
+        cotangents = tuple(
+            torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
+            if result.requires_grad
+            else None
+            for result in results
+        )
+        gradients = _backward(results, cotangents, leaves)
+        return cls(target, args, kwargs, operands, tuple(result.detach() for result in results), cotangents, gradients)
+
+    def find_rule(self) -> OpRule | None:
+        return find_rule(OpCall.of(self.target, self.args, self.kwargs, self.results))
+
+
+def prove(
+    target: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    ranks: Sequence[int] = (2, 3),
+    rule: OpRule | None = None,
+) -> Proof:
+    """Run `target(*args, **kwargs)` in shards of every axis that its rule calls shardable, on every number of `ranks`
+    that the axis is long enough for.
+
+    rule: the rule to prove; without it, the registered one. Under `torch.no_grad()` only results are compared.
+
+    Raises ProofError where the op has no rule, or the rule promises what the shards do not keep.
+    """
+    example = Example.of(target, args, kwargs)
+    rule = rule or example.find_rule()
+    shown = f"{target} with rule `{rule}`"
+    if rule is None:
+        raise ProofError(f"{target} has no rule for {_shapes(example.operands)} -> {_shapes(example.results)}")
+    problem = _misread(example, rule)
+    if problem:
+        raise ProofError(asked=f"{shown} does not describe the call", found=problem)
+    proven: dict[str, tuple[int, ...]] = {}
+    for axis, size in rule.sizes.items():
+        for count in ranks if rule.can_shard(axis) else ():
+            for outer in _outer_parts(size, count):
+                problem = difference(example, rule, axis, count, outer)
+                if problem:
+                    part = axis if outer == 1 else f"the minor part of {axis} ({outer}·{size // outer})"
+                    raise ProofError(
+                        asked=f"{shown} cannot shard {part} (size {size}) over {count} ranks", found=problem
+                    )
+            if count <= size:
+                proven[axis] = (*proven.get(axis, ()), count)
+    return Proof(str(target), rule, tuple(proven.items()))
+
+
+def difference(example: Example, rule: OpRule, axis: str, ranks: int, outer: int = 1) -> str | None:
+    """What goes wrong where `axis` is shared out over `ranks`; None where the shards keep the rule's promise.
+
+    outer: cut the minor part of `axis` seen as `(outer, size / outer)`, as where the axis merges two factors.
+    """
+    cut = _Cut(axis, rule.sizes, ranks, outer)
+    results, gradients = [], []
+    for rank in range(ranks):
+        start, length = cut.range(rank)
+        here = rule.on_rank({axis: outer * length}, {axis: start})
+        leaves = _leaves([cut.part(x, dims, rank) for x, dims in zip(example.operands, rule.inputs, strict=True)])
+        try:
+            own = _tensors(rule.call(_run, example.target, *_replaced(example.args, example.kwargs, leaves), here))
+        except Exception as error:  # any op may refuse a shard in its own way
+            return f"the call on rank {rank} fails: {error}"
+        shapes = tuple(tuple(result.shape) for result in own)
+        if shapes != here.outputs:
+            return f"rank {rank} makes results of shapes {_shapes(own)} where the rule says {list(here.outputs)}"
+        cotangents = [
+            None if whole is None else cut.part(whole, dims, rank)
+            for whole, dims in zip(example.cotangents, rule.outputs, strict=True)
+        ]
+        if [result.requires_grad for result in own] != [cotangent is not None for cotangent in cotangents]:
+            return f"on rank {rank} other results have a gradient than in the whole call"
+        results.append([result.detach() for result in own])
+        gradients.append(_backward(own, cotangents, leaves))
+    for index, (whole, dims) in enumerate(zip(example.results, rule.outputs, strict=True)):
+        problem = _compare(cut.together([own[index] for own in results], dims, whole.shape), whole)
+        if problem:
+            return f"result {index} {problem}"
+    for index, (whole, dims) in enumerate(zip(example.gradients, rule.inputs, strict=True)):
+        own = [of_rank[index] for of_rank in gradients]
+        if whole is None:
+            continue
+        missing = [rank for rank, gradient in enumerate(own) if gradient is None]
+        if missing:
+            return (
+                f"operand {index} has a gradient, and none on rank {missing[0]}: "
+                "collectives in backward would wait for that rank forever"
+            )
+        problem = _compare(cut.together(own, dims, whole.shape), whole)
+        if problem:
+            return f"the gradient of operand {index} {problem}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """`axis`, seen as `(outer, minor)`, with its minor part cut over `ranks`."""
+
+    axis: str
+    sizes: Mapping[str, int]
+    ranks: int
+    outer: int
+
+    def range(self, rank: int) -> tuple[int, int]:
+        return shard_range(self.sizes[self.axis] // self.outer, self.ranks, rank)
+
+    def part(self, tensor: torch.Tensor, dims: Sequence[Dim], rank: int) -> torch.Tensor:
+        """One rank's shard of `tensor`; all of it where it does not have the axis."""
+        shape, place = self._apart(tensor.shape, dims)
+        if place is None:
+            return tensor
+        start, length = self.range(rank)
+        whole = self.sizes[self.axis]
+        merged = [n // whole * self.outer * length if self.axis in dim else n for dim, n in zip(dims, tensor.shape)]
+        return tensor.reshape(shape).narrow(place, start, length).reshape(merged)
+
+    def together(self, parts: Sequence[torch.Tensor], dims: Sequence[Dim], shape: Sequence[int]) -> torch.Tensor:
+        """What the ranks' parts of a tensor of `shape` make: side by side along the axis, or their sum without it."""
+        apart, place = self._apart(shape, dims)
+        if place is None:
+            return torch.stack([part.double() if part.is_floating_point() else part for part in parts]).sum(0)
+        shapes = [[*apart[:place], self.range(rank)[1], *apart[place + 1 :]] for rank in range(self.ranks)]
+        return torch.cat([part.reshape(own) for part, own in zip(parts, shapes, strict=True)], place).reshape(shape)
+
+    def _apart(self, shape: Sequence[int], dims: Sequence[Dim]) -> tuple[list[int], int | None]:
+        """`shape` with the dim that holds the axis taken apart, and where the part that is cut then stands."""
+        found: list[int] = []
+        place = None
+        for dim, size in zip(dims, shape, strict=True):
+            if self.axis not in dim:
+                found.append(size)
+                continue
+            for name in dim:
+                if name == self.axis:
+                    found.append(self.outer)
+                    place = len(found)
+                    found.append(self.sizes[name] // self.outer)
+                else:
+                    found.append(self.sizes[name])
+        return found, place
+
+
+def _outer_parts(size: int, ranks: int) -> list[int]:
+    """Ways to see an axis as `(outer, minor)` with a minor part long enough for `ranks`: whole, and the smallest split."""
+    if size < ranks:
+        return []
+    divisor = next((n for n in range(2, size // ranks + 1) if size % n == 0), None)
+    return [1] if divisor is None else [1, divisor]
+
+
+def _misread(example: Example, rule: OpRule) -> str | None:
+    """Where the rule's notation does not fit the shapes, or a view does more than rename elements."""
+    if len(rule.inputs) != len(example.operands) or len(rule.outputs) != len(example.results):
+        return f"it has {len(example.operands)} tensor operands and {len(example.results)} results"
+    for kind, group, tensors in (
+        ("operand", rule.inputs, example.operands),
+        ("result", rule.outputs, example.results),
+    ):
+        for index, (dims, tensor) in enumerate(zip(group, tensors, strict=True)):
+            # A dim of an operand may stand for no axis at all: the op only looks at it.
+            written = [
+                math.prod(rule.sizes[axis] for axis in dim) if dim or kind == "result" else size
+                for dim, size in zip(dims, tensor.shape)
+            ]
+            if len(dims) != tensor.ndim or written != list(tensor.shape):
+                return f"{kind} {index} has shape {list(tensor.shape)} and the rule reads {written}"
+    if rule.is_view:
+        if len(example.operands) != 1 or len(example.results) != 1:
+            return "a view has one operand and one result"
+        before, after = (tensor.flatten().sort().values for tensor in (*example.operands, *example.results))
+        if before.dtype != after.dtype or not torch.equal(before, after):
+            return "the result of a view has the operand's elements, and this one has others"
+    return None
+
+
+def _run(target: Any, *args: Any, **kwargs: Any) -> Any:
+    return target(*args, **kwargs)
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def _leaves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Contiguous copies (an op may keep or change its operand) that gradients reach."""
+    copies = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    return [copy.requires_grad_(copy.is_floating_point() or copy.is_complex()) for copy in copies]
+
+
+def _replaced(args: tuple, kwargs: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> tuple[tuple, dict]:
+    """The arguments with `tensors` for their tensors, in order."""
+    following = iter(tensors)
+    return pytree.tree_map_only(torch.Tensor, lambda _: next(following), (args, dict(kwargs)))
+
+
+def _backward(results, cotangents, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    pairs = [(result, cotangent) for result, cotangent in zip(results, cotangents) if cotangent is not None]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not pairs or not wanted:
+        return tuple(None for _ in leaves)
+    outputs, grad_outputs = zip(*pairs)
+    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True))
+    return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
+def _compare(own: torch.Tensor, whole: torch.Tensor) -> str | None:
+    if not (whole.is_floating_point() or whole.is_complex()):
+        count = (own != whole).sum().item()
+        return f"differs in {count} of {whole.numel()} elements" if count else None
+    exact = torch.complex128 if whole.is_complex() else torch.float64
+    own, reference = own.to(exact), whole.to(exact)
+    same = (own == reference) | (own.isnan() & reference.isnan())
+    gap = torch.where(same, 0, own - reference).abs().nan_to_num(torch.inf).max().item()
+    scale = max(reference.abs().nan_to_num(0, 0, 0).max().item(), 1.0)
+    if gap > _TOLERANCE.get(whole.dtype, _TOLERANCE_HALF) * scale:
+        return f"differs by up to {gap:.3g} (its largest element is {scale:.3g})"
+    return None
+
+
+def _shapes(tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors]

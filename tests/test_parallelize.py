@@ -1,0 +1,345 @@
+"""What a user of `parallelize` relies on, beyond equal numbers (see test_models)."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import dsp_auto
+from dsp_auto.measure import CountCollectives
+from dsp_auto.shards import shard_range
+from examples.transformer_2d import build as transformer_2d
+from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, compare, deviation, gradients
+
+SMALL = {"layers": 1, "hidden": 16, "heads": 2, "frames": 5, "tokens": 6}
+
+
+class Axial(nn.Module):
+    """Attention-like mixing over each of two dims; optional second input, a scale that is no tensor, a dict result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over_t, self.over_s = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("offset", torch.linspace(0, 1, 8))
+
+    def forward(self, x: torch.Tensor, extra: torch.Tensor | None = None, *, scale: float = 1.0):
+        x = x + self.over_t(x).softmax(1) * scale
+        x = x + self.over_s(x).softmax(2) + self.offset
+        if extra is not None:
+            x = x + extra[:, None]
+        return {"x": x, "mean": x.mean((1, 2)), "none": None}
+
+
+class WithStatistics(nn.Module):
+    """Batch norm: buffers change in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm, self.out = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.mix(x).softmax(1)
+        x = x + self.mix(x).softmax(2)
+        flat = self.norm(x.flatten(0, 2)).view(x.shape)
+        return self.out(flat)
+
+
+def axial():
+    torch.manual_seed(0)
+    return Axial(), torch.randn(2, 6, 5, 8)
+
+
+def sp_mesh(ranks: int):
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
+
+
+# --- run on ranks
+
+
+def _keeps_the_module(rank, ranks):
+    model, x = axial()
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    assert isinstance(parallel, nn.Module)
+    assert list(parallel.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(parallel.parameters(), model.parameters(), strict=True))
+    assert inspect.signature(parallel.forward) == inspect.signature(model.forward)
+    assert parallel.plan is None
+    parallel.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})
+    assert deviation(parallel(x)["x"], model(x)["x"]) <= OUTPUT_TOLERANCE
+    seen = []
+    parallel.register_forward_hook(lambda module, args, out: seen.append(out))
+    parallel(x)
+    assert len(seen) == 1
+    return True
+
+
+def _takes_every_argument(rank, ranks):
+    model, x = axial()
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks), max_signatures=4)
+    extra = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    calls = [
+        ((x,), {}),
+        ((x, extra), {}),
+        ((x, None), {}),
+        ((x,), {"scale": 0.5, "extra": extra}),
+        ((x,), {"scale": 0.5}),
+    ]
+    for args, kwargs in [*calls, *calls]:
+        found, expected = parallel(*args, **kwargs), model(*args, **kwargs)
+        assert found.keys() == expected.keys() and found["none"] is None
+        assert deviation(found["x"], expected["x"]) <= OUTPUT_TOLERANCE
+        assert deviation(found["mean"], expected["mean"]) <= OUTPUT_TOLERANCE
+    return len(parallel.plans)
+
+
+def _modes_are_signatures(rank, ranks):
+    model, x = axial()
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    parallel(x)
+    parallel.eval()
+    assert not model.training and not model.over_t.training
+    with torch.no_grad():
+        parallel(x)
+    parallel.train()
+    parallel(x)
+    plans = parallel.plans
+    return sorted(plan.communication["backward_bytes"] > 0 for plan in plans)
+
+
+def _plans_at_once_with_arguments(rank, ranks):
+    model, x = axial()
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks), args=(x,), kwargs={"scale": 2.0})
+    planned = parallel.plan
+    parallel(x, scale=2.0)
+    return planned is parallel.plan
+
+
+def _local_program(rank, ranks):
+    model, args, kwargs = transformer_2d(**SMALL)
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks), args=args, dim_names={"video": "B T S C"})
+    checked = 0
+    reference = {}
+    interpreter = torch.fx.Interpreter(parallel.program)
+
+    def run_node(node):
+        result = torch.fx.Interpreter.run_node(interpreter, node)
+        reference[node.name] = result
+        return result
+
+    interpreter.run_node = run_node
+    values = [a if not isinstance(a, tuple) else a[0][a[1]] for a in parallel._latest.sources]
+    values = [args[0] if value is None else value for value in values]
+    interpreter.run(*values)
+    for node in parallel.program.graph.nodes:
+        if node.op in ("call_function", "placeholder") and isinstance(node.meta["val"], torch.Tensor):
+            assert node.meta["val"].shape == reference[node.name].shape, node
+            checked += 1
+        if node.op == "call_function" and node.target is torch.ops.aten.linear.default:
+            assert node.meta["nn_module_stack"]
+    frames, tokens = (shard_range(SMALL[name], ranks, rank)[1] for name in ("frames", "tokens"))
+    shapes = {tuple(node.meta["val"].shape[1:3]) for node in parallel.program.graph.nodes if "gelu" in node.name}
+    return checked > 40, shapes == {(frames, SMALL["tokens"]), (SMALL["frames"], tokens)}
+
+
+def _buffers_change(rank, ranks):
+    torch.manual_seed(0)
+    model = WithStatistics()
+    twin = WithStatistics()
+    twin.load_state_dict(model.state_dict())
+    parallel = dsp_auto.parallelize(twin, sp_mesh(ranks))
+    for step in range(2):
+        x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(step))
+        assert deviation(parallel(x), model(x)) <= OUTPUT_TOLERANCE
+    for name, buffer in model.named_buffers():
+        assert deviation(dict(twin.named_buffers())[name].double(), buffer.double()) <= OUTPUT_TOLERANCE, name
+    return True
+
+
+def _sharded_ends(rank, ranks, in_dim, out_dim):
+    model, args, _ = transformer_2d(**SMALL, batch=2)
+    video = args[0]
+    expected = model(video)
+    weights = torch.linspace(0.5, 1.5, expected.numel()).view_as(expected)
+    (expected * weights).sum().backward()
+    reference = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    parallel = dsp_auto.parallelize(
+        model, sp_mesh(ranks), in_layouts={"video": {"sp": in_dim}}, out_layouts={"sp": out_dim}
+    )
+    mine = video.tensor_split(ranks, in_dim)[rank].contiguous().requires_grad_()
+    parallel.prepare(mine)
+    with CountCollectives() as count:
+        found = parallel(mine)
+        assert deviation(found, expected.tensor_split(ranks, out_dim)[rank]) <= OUTPUT_TOLERANCE
+        (found * weights.tensor_split(ranks, out_dim)[rank]).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert deviation(parameter.grad, reference[name], 1e-3) <= GRADIENT_TOLERANCE, name
+    assert mine.grad.shape == mine.shape
+    return sorted({primitive for primitive, _ in count.by_primitive})
+
+
+def _uneven_pieces_are_refused(rank, ranks):
+    model, _, _ = transformer_2d(**SMALL)
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks), in_layouts={"video": {"sp": 1}})
+    with pytest.raises(dsp_auto.LayoutError, match="tensor_split"):
+        parallel(torch.randn(1, 1 + 3 * rank, 6, 4))
+    return True
+
+
+def _different_shapes(rank, ranks):
+    model, x = axial()
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    with pytest.raises(dsp_auto.AgreementError) as error:
+        parallel(x if rank == 0 else x[:, :4])
+    first = str(error.value)
+    parallel(x)  # nothing is half-changed
+    with pytest.raises(dsp_auto.AgreementError):
+        parallel(x[:, :4] if rank == 0 else x)  # the other rank knows its signature already
+    parallel(x)
+    return first
+
+
+def _different_models(rank, ranks):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Softmax(1), nn.Softmax(2), *([nn.GELU()] if rank else [nn.SiLU()]))
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    with pytest.raises(dsp_auto.AgreementError):
+        parallel(torch.randn(2, 6, 5, 8))
+    return True
+
+
+class FailsOnRank1(nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        self.inner, self.rank = nn.Linear(8, 8), rank
+
+    def forward(self, x):
+        if self.rank == 1:
+            raise ValueError("no such thing")
+        return self.inner(x).softmax(1)
+
+
+def _one_rank_fails(rank, ranks):
+    parallel = dsp_auto.parallelize(FailsOnRank1(rank), sp_mesh(ranks))
+    with pytest.raises(dsp_auto.DspError) as error:
+        parallel(torch.randn(2, 6, 5, 8))
+    return type(error.value).__name__, str(error.value)
+
+
+class WithDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.drop = nn.Linear(8, 8), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.inner(x).softmax(1)).softmax(2)
+
+
+def _dropout(rank, ranks):
+    torch.manual_seed(0)
+    model, x = WithDropout(), torch.randn(2, 6, 5, 8)
+    mesh = sp_mesh(ranks)
+    torch.manual_seed(7)
+    expected = model(x)
+    torch.manual_seed(7)
+    equal = deviation(dsp_auto.parallelize(model, mesh)(x), expected)
+    torch.manual_seed(rank)
+    with pytest.raises(dsp_auto.AgreementError, match="manual_seed"):
+        dsp_auto.parallelize(model, mesh)(x)
+    dsp_auto.parallelize(model.eval(), mesh)(x)  # draws nothing, so seeds do not matter
+    return equal
+
+
+def _training(rank, ranks, steps):
+    losses = []
+    for parallelized in (False, True):
+        model, args, _ = transformer_2d(**SMALL)
+        run = dsp_auto.parallelize(model, sp_mesh(ranks)) if parallelized else model
+        optimizer = torch.optim.AdamW(run.parameters(), lr=1e-2)
+        own = []
+        for _ in range(steps):
+            loss = (run(*args) - args[0]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            own.append(loss.item())
+        losses.append(own)
+    return losses
+
+
+# --- the promises
+
+
+def test_the_parallel_module_keeps_keys_parameters_signature_and_hooks(world):
+    assert all(world(2).run(_keeps_the_module))
+
+
+def test_arguments_may_be_optional_none_keyword_or_no_tensors_and_plans_are_kept_up_to_the_bound(world):
+    assert world(2).run(_takes_every_argument) == [4, 4]
+
+
+def test_train_and_eval_are_different_signatures(world):
+    assert world(2).run(_modes_are_signatures) == [[False, True]] * 2
+
+
+def test_with_arguments_the_plan_is_made_at_once(world):
+    assert all(world(2).run(_plans_at_once_with_arguments))
+
+
+def test_every_node_of_the_local_program_has_its_local_shape_and_module_path(world):
+    assert world(2).run(_local_program) == [(True, True)] * 2
+
+
+def test_buffers_that_forward_changes_end_up_as_on_one_device(world):
+    assert all(world(2).run(_buffers_change))
+
+
+@pytest.mark.parametrize("ends", [(1, 1), (2, 1), (1, 2)])
+def test_inputs_may_arrive_and_outputs_may_leave_cut_along_a_dim(world, ends):
+    for used in world(2).run(_sharded_ends, *ends):
+        assert "gather" not in used  # nothing is whole at either end
+
+
+def test_pieces_that_are_not_cut_like_tensor_split_are_refused(world):
+    assert all(world(2).run(_uneven_pieces_are_refused))
+
+
+def test_ranks_with_different_shapes_are_told_so_before_anything_hangs(world):
+    for message in world(2).run(_different_shapes):
+        assert "[2, 6, 5, 8]" in message and "[2, 4, 5, 8]" in message and "rank 0" in message
+
+
+def test_ranks_with_different_models_are_told_so(world):
+    assert all(world(2).run(_different_models))
+
+
+def test_an_error_on_one_rank_is_an_error_on_all(world):
+    (first, message), (second, _) = world(2).run(_one_rank_fails)
+    assert (first, second) == ("AgreementError", "CaptureError") and "no such thing" in message
+
+
+def test_dropout_draws_what_one_device_draws_and_ranks_with_different_seeds_are_told_so(world):
+    assert all(equal <= OUTPUT_TOLERANCE for equal in world(2).run(_dropout))
+
+
+def test_training_on_ranks_loses_what_training_on_one_device_loses(world):
+    alone, together = world(2).run(_training, 5)[0]
+    assert together == pytest.approx(alone, rel=1e-4) and alone[-1] < alone[0]
+
+
+def test_a_mesh_of_two_dims_computes_the_same(world):
+    results = world(4).run(compare, transformer_2d, {**SMALL, "batch": 2}, shape=(2, 2))
+    for result in results:
+        assert result["output"] <= OUTPUT_TOLERANCE and result["gradient"] <= GRADIENT_TOLERANCE, result["worst"]
+    layouts = {tuple(stage["layout"].values()) for stage in results[0]["plan"]["stages"]}
+    assert any("R" not in layout for layout in layouts)
+
+
+def test_a_mesh_of_one_rank_runs_the_model_as_it_is(world):
+    model, x = axial()
+    assert dsp_auto.plan(model, "1", (x,)).communication["by_primitive"] == {}
+    assert gradients(model, model(x), [])  # the model itself is untouched
