@@ -22,7 +22,7 @@ class DspError(Exception):
             message = asked
         else:
             problem = ": ".join(part.rstrip(".") for part in (where, asked, found) if part)
-            message = f"{problem}. {remedy.rstrip('.')}." if remedy else f"{problem}."
+            message = f"{problem}. {remedy[0].upper()}{remedy[1:].rstrip('.')}." if remedy else f"{problem}."
         # Unpickling calls cls(message) and then restores __dict__, so the one argument is enough.
         super().__init__(message)
 
@@ -53,6 +53,10 @@ class AgreementError(DspError):
 
 class RuleError(DspError):
     """The notation of a sharding rule is malformed, or does not fit the op's arguments."""
+
+
+class ProofError(DspError):
+    """Running a rule on shards gave something else than the whole call."""
 
 
 class InfeasibleError(DspError):

@@ -91,7 +91,7 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     _drop_assertions(module.graph)
     grads = _grad_flags(fake, inputs, args, kwargs, exported)
     training, saved, leaves = propagate(module, grads)
-    if training:
+    if any(grads):
         _check_gradients(fake, args, kwargs, module, inputs, leaves, len(mutated))
     return Program(
         module=module,

@@ -129,11 +129,10 @@ class _Writer:
             (op.node.args, op.node.kwargs), lambda n: next(operands) if is_tensor(n) else self.numbers[n.name]
         )
         layouts = stage.made[self.choice[stage.index]]
-        local = op.rule.local if op.rule is not None else None
-        if local is None:
+        if op.rule is None:
             result = self.emit(op.node.target, *args, **kwargs)
         else:
-            result = local(self.emit, op.node.target, args, kwargs, self._local(op, strategy, layouts))
+            result = op.rule.call(self.emit, op.node.target, args, kwargs, self._here(op, strategy.axes))
         if not op.results:
             self.numbers[op.name] = result
         values = result.meta["val"]
@@ -152,17 +151,17 @@ class _Writer:
                 )
             self.copies[storage, layout] = new
 
-    def _local(self, op: Op, strategy, layouts: Sequence[Layout]) -> Local:
+    def _here(self, op: Op, sharded: Sequence[tuple[str, int] | None]) -> Local:
+        """This rank's part of an op that shards, per mesh dim, one factor of one axis."""
         sizes, starts = dict(op.rule.sizes), {}
-        for m, sharded in enumerate(strategy.axes):
-            if sharded is not None:
-                axis, index = sharded
+        for m, cut in enumerate(sharded):
+            if cut is not None:
+                axis, index = cut
                 factor = self.factors.sizes[op.axes[axis][index]]
                 start, length = shard_range(factor, self.graph.mesh.sizes[m], self.coordinate[m])
                 sizes[axis] = sizes[axis] // factor * length
                 starts[axis] = starts.get(axis, 0) + start
-        shapes = tuple(self.local_shape(r, layout) for r, layout in zip(op.results, layouts, strict=True))
-        return Local(shapes, sizes, op.rule.sizes, starts)
+        return op.rule.on_rank(sizes, starts)
 
     def _output(self, node: fx.Node) -> None:
         stage = self.graph.stages[-1]
@@ -297,13 +296,11 @@ class _Writer:
             op = self.view_ops[value]
             operand = self._view(op.operands[0], layout)
             meta, self.meta = self.meta, {key: op.node.meta[key] for key in _KEPT_META if key in op.node.meta}
-            shape = self.local_shape(value, layout)
-            local = op.rule.local
             args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: operand)
-            if local is None:
-                new = self.emit(op.node.target, *args, **kwargs)
-            else:
-                new = local(self.emit, op.node.target, args, kwargs, Local((shape,), op.rule.sizes, op.rule.sizes, {}))
+            places = self.graph.views[value][1]
+            keys = {places[place]: key for key, place in op.places(op.rule.outputs[0]).items()}
+            sharded = [keys[p.place] if isinstance(p, Shard) else None for p in layout]
+            new = op.rule.call(self.emit, op.node.target, args, kwargs, self._here(op, sharded))
             self.viewed[value, layout] = new
             self.meta = meta
         return self.viewed[value, layout]
