@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .agreement import Agreement
 from .errors import AgreementError, LayoutError, MeshError
 from .mesh import as_mesh
-from .passes.capture import Program, ordered_kwargs
+from .passes.capture import Program, capture, ordered_kwargs
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .shards import shard_sizes
@@ -198,7 +198,7 @@ class ParallelModule(nn.Module):
         call = _whole_arguments(args, kwargs, shapes) if shapes else (args, kwargs)
 
         def own() -> Prepared:
-            return prepare(self._model, self._abstract, *call, self.options)
+            return prepare(capture(self._model, *call), self._abstract, self.options)
 
         ready: Prepared = agreement.together(own)
         _check_random(ready, agreement)

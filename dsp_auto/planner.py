@@ -129,14 +129,14 @@ def plan(
         time_limit=time_limit,
     )
     abstract = as_mesh(mesh)
-    prepared = prepare(model, abstract, args, kwargs, options)
-    solution = decide(prepared)
-    return finish(prepared, solution, (0,) * len(abstract.sizes), abstract.names)[0]
-
-
-def prepare(model: nn.Module, mesh: Mesh, args: tuple, kwargs: Mapping[str, Any] | None, options: Options) -> Prepared:
-    """capture -> factorize -> enumerate -> stages."""
     program = capture(model, args, kwargs)
+    with _no_garbage_collection():
+        prepared = prepare(program, abstract, options)
+        return finish(prepared, decide(prepared), (0,) * len(abstract.sizes), abstract.names)[0]
+
+
+def prepare(program: Program, mesh: Mesh, options: Options) -> Prepared:
+    """factorize -> enumerate -> stages."""
     started = time.perf_counter()
     with _no_garbage_collection():
         factors = factorize(program, options.dim_names)

@@ -1,8 +1,7 @@
 """The Transformer-2D of the DSP paper (section 2.1, appendix A.1, table 5): video [B, T, S, channels].
 
-A layer is two pre-norm transformer blocks, one attending over space S, one over time T. It is written in two
-habits with the same parameters and the same function: between blocks, "4d" keeps activations [B, T, S, C],
-"flat" keeps tokens [B, T*S, C].
+A layer is two pre-norm transformer blocks, one attending over space S, one over time T, written in two habits with the
+same parameters and function: between blocks, "4d" keeps activations [B, T, S, C], "flat" keeps tokens [B, T*S, C].
 """
 
 import torch
@@ -31,9 +30,7 @@ class Block(nn.Module):
         self.over = over
         self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.attn = Attention(hidden, heads)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden, mlp_ratio * hidden), nn.GELU(), nn.Linear(mlp_ratio * hidden, hidden)
-        )
+        self.mlp = nn.Sequential(nn.Linear(hidden, mlp_ratio * hidden), nn.GELU(), nn.Linear(mlp_ratio * hidden, hidden))
 
     def attend(self, x, size):
         """Attention over one sequence dim; x is [B, T, S, C] or [B, T*S, C], and so is the result."""
@@ -77,3 +74,6 @@ def build(layers=2, hidden=64, heads=4, frames=8, tokens=16, batch=1, in_channel
         return model, (torch.randn(batch, frames, tokens, in_channels),), {}
     finally:
         torch.set_default_dtype(before)
+
+
+build.dim_names = {"video": "B T S C_in"}  # for people; `dsp-auto explain` reads it

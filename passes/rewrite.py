@@ -98,9 +98,12 @@ class _Writer:
 
     def _fake(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """A fake tensor like `like`, of the given local shape."""
-        if shape == tuple(like.shape):
-            return self._interned(torch.empty_strided(shape, like.stride(), dtype=like.dtype, device=like.device))
-        return self._interned(torch.empty(shape, dtype=like.dtype, device=like.device))
+        shape = torch.Size(shape)
+        stride = like.stride() if shape == like.shape else _contiguous(shape)
+        key = (shape, stride, like.dtype, like.device)
+        if key not in self.interned:
+            self.interned[key] = torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
+        return self.interned[key]
 
     def _interned(self, value: Any) -> Any:
         """One fake tensor for all that look alike, so that equal calls are met again (see `emit`)."""
@@ -304,6 +307,13 @@ class _Writer:
             self.viewed[value, layout] = new
             self.meta = meta
         return self.viewed[value, layout]
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides)) if shape else ()
 
 
 def _identity(argument: Any) -> Any:

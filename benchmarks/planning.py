@@ -1,0 +1,89 @@
+"""How long planning takes beside `torch.export`, and how that grows with the number of ranks.
+
+The paper's Transformer-2D at its 720M sizes (28 layers, hidden 1152, 16 heads, S 4096) on fake weights: T 128 planned for
+8 ranks, T 1024 for 1,024. Every repetition is a fresh process, the two cases in turn; "export" is the
+time inside `torch.export.export`, "planning" is factorize + enumerate + stages + solve + rewrite. Prints a table of medians
+and writes JSON.
+
+    python benchmarks/planning.py [--repetitions 3] [--out benchmarks/results/planning.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tabulate
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dsp_auto
+from dsp_auto.examples.transformer_2d import build
+
+CASES = [{"ranks": 8, "frames": 128}, {"ranks": 1024, "frames": 1024}]
+SIZES = {"hidden": 1152, "heads": 16, "tokens": 4096}
+BARS = {"planning to export": 0.25, "1,024 ranks to 8": 1.2, "peak RSS in GB": 1.5}
+
+
+def measure(ranks: int, frames: int, layers: int) -> dict[str, Any]:
+    """One plan, in this process."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, args, kwargs = build(**SIZES, frames=frames, layers=layers)
+    plan = dsp_auto.plan(model, ranks, args, kwargs, dim_names=build.dim_names)
+    planning = plan.seconds["plan"] + plan.seconds["rewrite"]
+    return {
+        "ranks": ranks,
+        "frames": frames,
+        "export_s": plan.seconds["export"],
+        "plan_s": plan.seconds["plan"],
+        "rewrite_s": plan.seconds["rewrite"],
+        "planning_s": planning,
+        "ratio": planning / plan.seconds["export"],
+        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "switches": plan.communication["by_primitive"]["switch"]["count"],
+        "gap": plan.solver["gap"],
+    }
+
+
+def apart(case: dict[str, int], layers: int) -> dict[str, Any]:
+    """`measure` in a fresh process."""
+    argv = [sys.executable, __file__, "--once", json.dumps({**case, "layers": layers})]
+    return json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/planning.json"))
+    parser.add_argument("--once", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.once is not None:
+        print(json.dumps(measure(**options.once)))
+        return
+    runs = [[apart(case, options.layers) for case in CASES] for _ in range(options.repetitions)]
+    rows = [{key: statistics.median(run[n][key] for run in runs) for key in runs[0][n]} for n in range(len(CASES))]
+    ratios = {
+        "planning to export": rows[0]["ratio"],
+        "1,024 ranks to 8": statistics.median(large["planning_s"] / small["planning_s"] for small, large in runs),
+        "peak RSS in GB": max(run[n]["peak_rss_gb"] for run in runs for n in range(len(CASES))),
+    }
+    print(f"{options.layers} layers, {options.repetitions} repetitions, medians\n")
+    print(tabulate.tabulate(rows, headers="keys", floatfmt=".2f", intfmt=","))
+    print()
+    print(tabulate.tabulate([(name, f"{ratios[name]:.2f}", bar) for name, bar in BARS.items()], ["", "measured", "bar"]))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    where = {"torch": torch.__version__, "cpus": os.cpu_count(), "layers": options.layers, "sizes": SIZES}
+    found = {"cases": rows, "measured": ratios, "bars": BARS, "runs": runs}
+    options.out.write_text(json.dumps(where | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

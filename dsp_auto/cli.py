@@ -1,0 +1,222 @@
+"""`dsp-auto`: explain a plan, or show on this computer that it is right."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .errors import DspError
+from .plan import Plan
+from .planner import plan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 1 where `demo` finds a disagreement, or 2 with one line on stderr where the input is bad."""
+    try:
+        options = _parser().parse_args(argv)
+        return options.run(options)
+    except DspError as error:
+        print(f"dsp-auto: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def explain(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the plan alone
+        found = _plan(options)
+    print(json.dumps(found.to_json(), indent=2) if options.json else found)
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    from .demo import run  # needs torch.distributed, which planning does not
+
+    if options.ranks < 1:
+        raise DspError(asked=f"--ranks {options.ranks}", found="not a number of processes", remedy="use 1 or more")
+    return 0 if run(options.ranks, _arguments(options.argument)) else 1
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    arguments, dim_names = _arguments(options.argument), _pairs("--dim-names", options.dim_names)
+    factory = _load(options.target)
+    model, args, kwargs = _build(factory, options.target, arguments)
+    if options.inference:
+        model.eval()
+    with torch.set_grad_enabled(not options.inference):
+        return plan(
+            model,
+            options.mesh,
+            args,
+            kwargs,
+            objective=options.objective,
+            strategy=options.strategy,
+            capacity=options.capacity,
+            hardware=options.hardware,
+            dim_names=dim_names or getattr(factory, "dim_names", None),
+        )
+
+
+def _load(target: str) -> Callable[..., Any]:
+    """`package.module:factory` or `path/to/file.py:factory`."""
+    place, _, name = target.rpartition(":")
+    if not place or not name:
+        raise DspError(asked=f"target {target!r}", found="no factory is named", remedy="write it as module:factory")
+    try:
+        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
+        raise DspError(asked=f"cannot import {place}", found=_reason(error)) from error
+    try:
+        factory = getattr(module, name)
+    except AttributeError as error:
+        raise DspError(asked=f"target {target!r}", found=f"{place} has no {name!r}") from error
+    if not callable(factory):
+        raise DspError(asked=f"target {target!r}", found=f"{name} is a {type(factory).__name__}, not a function")
+    return factory
+
+
+def _import_module(name: str) -> Any:
+    _importable(Path.cwd())
+    return importlib.import_module(name)
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    _importable(path.parent.resolve())
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _importable(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _build(factory: Callable[..., Any], target: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, tuple, dict]:
+    """What the factory returns, on fake tensors: shapes without weights. For real where it does not run under those."""
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        remedy = f"it takes {inspect.signature(factory)}"
+        raise DspError(asked=f"cannot call {target}", found=str(error), remedy=remedy) from error
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy of a module does
+            built = factory(**arguments)
+    except Exception as fake_error:  # whatever the user's code raises under fake tensors
+        print(f"dsp-auto: building {target} for real: under fake tensors {_reason(fake_error)}", file=sys.stderr)
+        try:
+            built = factory(**arguments)
+        except Exception as error:
+            raise DspError(asked=f"{target} fails", found=_reason(error)) from error
+    wanted = "(model, args, kwargs)"
+    if not isinstance(built, tuple) or len(built) != 3:
+        shown = f"{len(built)} values" if isinstance(built, tuple) else f"a {type(built).__name__}"
+        raise DspError(asked=f"{target} must return {wanted}", found=f"it returns {shown}")
+    for value, kind, what in zip(built, (nn.Module, tuple, Mapping), ("a Module", "a tuple", "a dict")):
+        if not isinstance(value, kind):
+            raise DspError(
+                asked=f"{target} must return {wanted}", found=f"it returns a {type(value).__name__} in place of {what}"
+            )
+    return built
+
+
+def _arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Python literals where they are some (`layers=28`, `size=(8, 8)`, `flag=True`), else text (`habit=flat`)."""
+    found: dict[str, Any] = {}
+    for name, text in _pairs("-a", given).items():
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found
+
+
+def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for entry in given:
+        name, equals, value = entry.partition("=")
+        if not equals or not name.isidentifier():
+            raise DspError(asked=f"{option} {entry!r}", found="no name=value", remedy=f"write it as {option} name=value")
+        found[name] = value
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise DspError(asked=message, remedy=f"See {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dsp-auto", description="Plans and runs PyTorch models on N ranks by sharding sequence dims.")
+    parser.add_argument("--version", action="version", version=f"dsp-auto {version('dsp_auto')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    entry = commands.add_parser("explain", help="print the plan of a model", description=_EXPLAIN)
+    entry.set_defaults(run=explain)
+    entry.add_argument("target", metavar="TARGET", help="package.module:factory or path/to/file.py:factory")
+    entry.add_argument("--mesh", required=True, help='ranks, "8" or "2x4"')
+    _add_arguments(entry, "of the factory")
+    entry.add_argument("--json", action="store_true", help="the plan as JSON")
+    entry.add_argument("--objective", default="volume", help='"volume" (wire bytes, the default) or "time"')
+    entry.add_argument("--strategy", default="auto", help='"auto" (the default) or "dsp"')
+    entry.add_argument("--capacity", help='memory for activations on a device, "80GB"')
+    entry.add_argument("--hardware", help='profile for the objective "time", "h100"')
+    entry.add_argument("--inference", action="store_true", help="plan the forward of model.eval() without gradients")
+    entry.add_argument(
+        "--dim-names",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="INPUT=DIMS",
+        help='names of an input\'s dims: video="B T S C"; else the factory\'s own attribute dim_names',
+    )
+
+    entry = commands.add_parser("demo", help="run the paper's Transformer-2D on processes of this computer")
+    entry.set_defaults(run=demo)
+    entry.add_argument("--ranks", type=int, default=4, help="processes (4)")
+    _add_arguments(entry, "of examples.transformer_2d.build")
+    return parser
+
+
+_EXPLAIN = """Plan TARGET's model on fake tensors: no weights, no GPU, no processes, whatever the size of the mesh.
+TARGET names a function that returns (model, args, kwargs)."""
+
+
+def _add_arguments(parser: argparse.ArgumentParser, whose: str) -> None:
+    parser.add_argument(
+        "-a",
+        dest="argument",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"arguments {whose}: Python literals, else text",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

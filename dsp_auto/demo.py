@@ -1,0 +1,119 @@
+"""`dsp-auto demo`: the paper's Transformer-2D on several processes of this computer, checked against one device."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tabulate import tabulate
+from torch.distributed.device_mesh import init_device_mesh
+
+from . import verify
+from .errors import DspError
+from .examples.transformer_2d import build
+
+# Neither 51 frames nor 250 tokens divide by 4: uneven shards are the normal case.
+SIZES = {"layers": 2, "hidden": 64, "heads": 4, "frames": 51, "tokens": 250, "batch": 1}
+
+
+def run(ranks: int = 4, sizes: Mapping[str, Any] | None = None) -> bool:
+    """Run it on `ranks` gloo processes, forward and backward, and print what came out.
+
+    sizes: arguments of `examples.transformer_2d.build` beside or instead of `SIZES`.
+    True where outputs, gradients and bytes agree with one device and with the plan. Raises DspError where a rank fails.
+    """
+    chosen = {**SIZES, **(sizes or {})}
+    shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    print(f"Transformer-2D ({shown}), forward and backward on {ranks} gloo processes\n", flush=True)
+    started = time.perf_counter()
+    report, agrees = describe(_spawn(ranks, chosen))
+    print(f"{report}\n\n{time.perf_counter() - started:.1f} s. {'All agree.' if agrees else 'They DISAGREE.'}")
+    return agrees
+
+
+def describe(found: Sequence[verify.Comparison]) -> tuple[str, bool]:
+    """The ranks' comparisons as a report for people, and whether all is as it should be."""
+    output = max(one.output for one in found)
+    gradient, name = max(one.worst for one in found)
+    deviations = [
+        ["outputs", f"{output:.1e}", f"{verify.OUTPUT_TOLERANCE:.0e}", _verdict(output <= verify.OUTPUT_TOLERANCE)],
+        [
+            f"gradients, worst {name}",
+            f"{gradient:.1e}",
+            f"{verify.GRADIENT_TOLERANCE:.0e}",
+            _verdict(gradient <= verify.GRADIENT_TOLERANCE),
+        ],
+    ]
+    wire = [
+        [
+            entry.primitive,
+            entry.direction,
+            entry.collectives,
+            f"{entry.predicted:,.12g}",
+            f"{entry.measured:,.12g}",
+            "equal" if entry.agrees else "DIFFERENT",
+        ]
+        for entry in verify.traffic(found[0].plan, [one.measured for one in found])
+    ]
+    agrees = all(row[-1] == "ok" for row in deviations) and all(row[-1] == "equal" for row in wire)
+    head = ["largest deviation from one device", "relative", "allowed", ""]
+    wire_head = ["wire bytes per device", "", "collectives", "predicted", "measured", ""]
+    right = {"disable_numparse": True}
+    parts = [
+        str(found[0].plan),
+        tabulate(deviations, head, **right, colalign=("left", "right", "right", "left")),
+        tabulate(wire, wire_head, **right, colalign=("left", "left", "right", "right", "right", "left")),
+    ]
+    return "\n\n".join(parts), agrees
+
+
+def compare(rank: int, ranks: int, sizes: Mapping[str, Any]) -> verify.Comparison:
+    """On a rank: the same model as on the others, against its parallel self."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
+    model, (video,), kwargs = build(**{**SIZES, **sizes})
+    video.requires_grad_()
+    return verify.compare(model, mesh, (video,), kwargs, inputs=[video], dim_names=build.dim_names)
+
+
+def worker(rank: int, ranks: int, sizes: Mapping[str, Any], folder: str) -> None:
+    """One process: leaves its `Comparison` in `folder`, or why there is none."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(compare(rank, ranks, sizes)))
+        dist.barrier()
+    except DspError as error:  # mostly raised on every rank; a rank left alone at a collective sees its peer go
+        Path(folder, f"{rank}.error").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def _spawn(ranks: int, sizes: Mapping[str, Any]) -> list[verify.Comparison]:
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited; read once, when torch is imported
+    with tempfile.TemporaryDirectory(prefix="dsp-auto-") as folder:
+        failure = None
+        try:
+            torch.multiprocessing.spawn(worker, (ranks, sizes, folder), nprocs=ranks)
+        except Exception as error:
+            failure = error
+        finally:
+            if threads is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = threads
+        for told in sorted(Path(folder).glob("*.error")):
+            raise DspError(told.read_text()) from failure
+        if failure is not None:
+            raise failure
+        return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(ranks)]
+
+
+def _verdict(fits: bool) -> str:
+    return "ok" if fits else "TOO LARGE"

@@ -1,0 +1,162 @@
+"""Verify: a parallel module against the module it was made from, on every rank.
+
+The reference is always the single-device model. Each rank runs both and compares outputs, every gradient, and the bytes
+that really went over the wire with those that the plan predicts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
+
+from .errors import DspError
+from .measure import CountCollectives
+from .parallelize import parallelize
+from .plan import Plan
+
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one rank found. Deviations are relative, see `deviation`.
+
+    worst: the largest deviation of a gradient, and whose gradient that is.
+    measured: (primitive, "forward" or "backward") -> collectives issued and wire bytes sent by this rank.
+    """
+
+    output: float
+    worst: tuple[float, str]
+    plan: Plan
+    measured: Mapping[tuple[str, str], tuple[int, float]]
+
+    @property
+    def gradient(self) -> float:
+        return self.worst[0]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Wire bytes per device of one primitive in one direction: the plan's, and the mean of what the ranks sent.
+
+    Shards of uneven factors differ in size, and so do the ranks; the plan predicts their mean.
+    """
+
+    primitive: str
+    direction: str
+    collectives: int
+    predicted: float
+    measured: float
+
+    @property
+    def agrees(self) -> bool:
+        """Equal, up to the rounding of the mean."""
+        return math.isclose(self.predicted, self.measured, rel_tol=1e-9)
+
+
+def compare(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    backward: bool = True,
+    inputs: Sequence[torch.Tensor] = (),
+    **options: Any,
+) -> Comparison:
+    """Run `model` and `parallelize(model, mesh, **options)` on the same arguments, and compare.
+
+    backward: compare gradients too: the parameters', and those of `inputs`, tensors among the arguments that require one.
+    Every rank of the mesh calls this with equal arguments. Seeds the global generator before each of the two runs.
+
+    Raises DspError where shapes, dtypes or the presence of gradients differ, and what `parallelize` raises.
+    """
+    with torch.set_grad_enabled(backward):
+        torch.manual_seed(1)
+        expected = model(*args, **kwargs)
+        reference = gradients(model, expected, inputs) if backward else {}
+        parallel = parallelize(model, mesh, **options)
+        plan = parallel.prepare(*args, **kwargs)  # planning runs the program on fake tensors: not to be counted
+        torch.manual_seed(1)
+        with CountCollectives() as count:
+            found = parallel(*args, **kwargs)
+            own = gradients(model, found, inputs) if backward else {}
+    return Comparison(_output_deviation(found, expected), _worst(own, reference), plan, dict(count.by_primitive))
+
+
+def deviation(own: torch.Tensor, reference: torch.Tensor, scale: float = 0.0) -> float:
+    """Largest difference, relative to the largest reference value or to `scale`; infinite where one is not a number."""
+    if own.numel() == 0:
+        return 0.0
+    found = ((own - reference).abs().max() / max(reference.abs().max().item(), scale, 1e-30)).item()
+    return math.inf if math.isnan(found) else found
+
+
+def gradients(model: nn.Module, outputs: Any, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """Gradients, by name, of a loss that weighs every output element differently."""
+    loss = 0.0
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            weights = torch.linspace(0.5, 1.5, leaf.numel(), dtype=leaf.dtype, device=leaf.device)
+            loss = loss + (leaf * weights.reshape(leaf.shape)).sum()
+    if not isinstance(loss, torch.Tensor):
+        raise DspError(asked="cannot compare gradients", found="no output of the model requires one")
+    for tensor in [*model.parameters(), *inputs]:
+        tensor.grad = None
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    found |= {f"input {n}": tensor.grad for n, tensor in enumerate(inputs)}
+    return {name: None if grad is None else grad.clone() for name, grad in found.items()}
+
+
+def traffic(plan: Plan, measured: Sequence[Mapping[tuple[str, str], tuple[int, float]]]) -> list[Traffic]:
+    """Predicted against measured bytes; `measured` has every rank's counts. Silent primitives are left out."""
+    planned = plan.communication["by_primitive"]
+    predicted = {
+        (primitive, way): entry[f"{way}_bytes"] for primitive, entry in planned.items() for way in _DIRECTIONS
+    }
+    found = []
+    for key in sorted({*predicted, *(key for rank in measured for key in rank)}, key=lambda k: _DIRECTIONS.index(k[1])):
+        counts, sent = zip(*(rank.get(key, (0, 0.0)) for rank in measured))
+        entry = Traffic(*key, max(counts), predicted.get(key, 0.0), sum(sent) / len(measured))
+        if entry.collectives or entry.predicted:
+            found.append(entry)
+    return found
+
+
+_DIRECTIONS = ("forward", "backward")
+
+
+def _output_deviation(found: Any, expected: Any) -> float:
+    worst = 0.0
+    for own, reference in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        if not isinstance(reference, torch.Tensor):
+            continue
+        if own.shape != reference.shape or own.dtype != reference.dtype:
+            raise DspError(
+                asked="the parallel module's output differs from the model's",
+                found=f"{own.dtype}{list(own.shape)} instead of {reference.dtype}{list(reference.shape)}",
+            )
+        worst = max(worst, deviation(own.detach(), reference.detach()))
+    return worst
+
+
+def _worst(own: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, str]:
+    differ = [name for name, grad in reference.items() if (grad is None) != (own[name] is None)]
+    if differ:
+        raise DspError(
+            asked=f"the gradient of {differ[0]} differs from one device's",
+            found="it has none" if own[differ[0]] is None else "one device has none",
+        )
+    graded = {name: grad for name, grad in reference.items() if grad is not None}
+    # Some gradients are zero in exact arithmetic (a key's bias under softmax): judge those on the model's scale.
+    scales = sorted(grad.abs().max().item() for grad in graded.values())
+    floor = scales[len(scales) // 2] * 1e-2 if scales else 0.0
+    return max(((deviation(own[name], grad, floor), name) for name, grad in graded.items()), default=(0.0, ""))

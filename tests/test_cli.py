@@ -1,0 +1,210 @@
+"""Promises of the command line: stdout is the plan alone, bad input is one line and exit code 2, the demo can fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsp_auto import Plan, cli, demo, verify
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = "examples.transformer_2d:build"
+SMALL = ["-a", "layers=1", "hidden=16", "heads=2"]
+TINY_DEMO = ["demo", "--ranks", "2", *SMALL, "frames=3", "tokens=5"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def factories(tmp_path):
+    """A file of factories, most of them wrong."""
+    path = tmp_path / "factories.py"
+    path.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "number = 3\n"
+        "def two(): return nn.Linear(2, 2), ()\n"
+        "def no_module(): return 'model', (), {}\n"
+        "def listed(): return nn.Linear(2, 2), [torch.ones(2)], {}\n"
+        "def broken(): raise KeyError('weights')\n"
+        "def no_sequence(): return nn.Linear(2, 2), (torch.ones(4, 2),), {}\n"
+        "class Softmax(nn.Module):\n"
+        "    def forward(self, rows): return rows.softmax(0).softmax(1)\n"
+        "def noisy():\n"
+        "    print('a factory that talks')\n"
+        "    return Softmax(), (torch.ones(6, 8),), {}\n"
+        "def needs_values(): return Softmax(), (torch.ones(6, 8) * torch.ones(1).item(),), {}\n"
+    )
+    return path
+
+
+def _run(capsys, *argv):
+    code = cli.main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_explain_prints_the_table(capsys):
+    code, out, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "4", *SMALL)
+    assert code == 0
+    assert out.startswith("mesh sp=4") and "switch T -> S (sp)" in out and "gather S -> R (sp)" in out
+
+
+def test_explain_prints_json_that_plan_accepts(capsys):
+    code, out, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "4", "--json", *SMALL, "habit=flat")
+    plan = Plan.from_json(out)
+    assert code == 0 and plan.mesh == {"sp": 4} and plan.to_json() == json.loads(out)
+
+
+def test_names_come_from_the_option_or_from_the_factory(capsys):
+    _, named, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "4", *SMALL)
+    assert "sequence factors T=8, S=16" in named
+    _, named, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "4", *SMALL, "--dim-names", "video=b frame place c")
+    assert "sequence factors frame=8, place=16" in named
+
+
+def test_inference_sends_nothing_back(capsys):
+    _, out, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "4", "--json", "--inference", *SMALL)
+    sent = json.loads(out)["communication"]
+    assert sent["backward_bytes"] == 0 < sent["forward_bytes"]
+
+
+def test_options_reach_the_planner(capsys):
+    argv = ("explain", EXAMPLE, "--mesh", "4", "--json", *SMALL)
+    _, out, _ = _run(
+        capsys, *argv, "--objective", "time", "--hardware", "a100", "--capacity", "1GB", "--strategy", "dsp"
+    )
+    plan = json.loads(out)
+    assert (plan["objective"], plan["strategy"], plan["memory"]["capacity_bytes"]) == ("time", "dsp", 10**9)
+
+
+def test_a_path_is_a_target_and_what_it_prints_stays_off_stdout(capsys, factories):
+    code, out, err = _run(capsys, "explain", f"{factories}:noisy", "--mesh", "2", "--json")
+    assert code == 0 and json.loads(out) and "a factory that talks" in err
+
+
+def test_a_factory_that_needs_values_is_built_for_real_and_that_is_said(capsys, factories):
+    code, out, err = _run(capsys, "explain", f"{factories}:needs_values", "--mesh", "2")
+    assert code == 0 and out.startswith("mesh sp=2") and "for real" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ((), "COMMAND"),
+        (("explain",), "TARGET"),
+        (("explain", EXAMPLE), "--mesh"),
+        (("explain", "examples.transformer_2d", "--mesh", "2"), "module:factory"),
+        (("explain", "no.such.module:build", "--mesh", "2"), "no.such.module"),
+        (("explain", "no_such_file.py:build", "--mesh", "2"), "no such file"),
+        (("explain", "examples.transformer_2d:nothing", "--mesh", "2"), "nothing"),
+        (("explain", EXAMPLE, "--mesh", "2y"), "2y"),
+        (("explain", EXAMPLE, "--mesh", "2", "-a", "layers"), "name=value"),
+        (("explain", EXAMPLE, "--mesh", "2", "-a", "depth=3"), "depth"),
+        (("explain", EXAMPLE, "--mesh", "2", "--dim-names", "B T S"), "name=value"),
+        (("explain", EXAMPLE, "--mesh", "2", "--dim-names", "audio=B L"), "audio"),
+        (("explain", EXAMPLE, "--mesh", "2", "--strategy", "magic"), "magic"),
+        (("explain", EXAMPLE, "--mesh", "2", "--objective", "beauty"), "beauty"),
+        (("explain", EXAMPLE, "--mesh", "2", "--hardware", "abacus"), "abacus"),
+        (("explain", EXAMPLE, "--mesh", "2", "--capacity", "lots"), "lots"),
+        (("explain", EXAMPLE, "--mesh", "2", "--capacity", "1KB"), "no plan fits"),
+        (("explain", EXAMPLE, "--mesh", "4096"), "4096 ranks"),
+        (("demo", "--ranks", "0"), "--ranks 0"),
+        (("demo", "--ranks", "many"), "many"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, says):
+    code, out, err = _run(capsys, *argv)
+    assert (code, out) == (2, "") and says in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("factory", "says"),
+    [
+        ("number", "int, not a function"),
+        ("two", "returns 2 values"),
+        ("no_module", "a str in place of a Module"),
+        ("listed", "a list in place of a tuple"),
+        ("no_sequence", "no sequence factor"),
+    ],
+)
+def test_a_factory_that_returns_something_else_is_one_line_and_exit_code_2(capsys, factories, factory, says):
+    code, out, err = _run(capsys, "explain", f"{factories}:{factory}", "--mesh", "2")
+    assert (code, out) == (2, "") and says in err and len(err.splitlines()) == 1, err
+
+
+def test_a_factory_that_raises_is_exit_code_2_and_no_traceback(capsys, factories):
+    code, out, err = _run(capsys, "explain", f"{factories}:broken", "--mesh", "2")
+    assert (code, out) == (2, "") and err.splitlines()[-1].endswith("fails: KeyError: 'weights'."), err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out.startswith("dsp-auto ")
+
+
+def test_explaining_a_large_model_allocates_no_weights():
+    """28 layers of hidden 1152 have 3.6 GB of weights; activations of a block at this length are larger still."""
+    script = (
+        "import resource, sys; from dsp_auto import cli; "
+        "code = cli.main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr); sys.exit(code)"
+    )
+    sizes = ["layers=28", "hidden=1152", "heads=16", "frames=128", "tokens=4096"]
+    argv = ["explain", EXAMPLE, "--mesh", "8", "--json", "-a", *sizes]
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stderr.split()[-1])
+    assert Plan.from_json(done.stdout).communication["by_primitive"]["switch"]["count"] == 55
+    assert peak < 1.5e9, f"{peak / 1e9:.2f} GB"
+
+
+def test_demo_runs_and_agrees(capfd):
+    code = cli.main(TINY_DEMO)
+    out, _ = capfd.readouterr()
+    assert code == 0 and "All agree." in out and "DIFFERENT" not in out
+
+
+@pytest.mark.parametrize("tolerance", ["OUTPUT_TOLERANCE", "GRADIENT_TOLERANCE"])
+def test_demo_fails_where_the_deviation_is_above_tolerance(capsys, comparisons, monkeypatch, tolerance):
+    monkeypatch.setattr(verify, tolerance, -1.0)  # no deviation is this small
+    monkeypatch.setattr(demo, "_spawn", lambda ranks, sizes: comparisons)
+    assert cli.main(TINY_DEMO) == 1
+    out = capsys.readouterr().out
+    assert out.count("TOO LARGE") == 1 and "DISAGREE" in out
+
+
+def test_demo_fails_where_bytes_differ_from_the_plan(capsys, comparisons, monkeypatch):
+    count, sent = comparisons[0].measured["gather", "forward"]
+    comparisons[0].measured["gather", "forward"] = (count, sent + 4)  # one element more
+    monkeypatch.setattr(demo, "_spawn", lambda ranks, sizes: comparisons)
+    assert cli.main(TINY_DEMO) == 1
+    assert capsys.readouterr().out.count("DIFFERENT") == 1
+
+
+def test_demo_fails_where_nothing_was_sent(capsys, comparisons, monkeypatch):
+    for one in comparisons:
+        one.measured.clear()
+    monkeypatch.setattr(demo, "_spawn", lambda ranks, sizes: comparisons)
+    assert cli.main(TINY_DEMO) == 1
+
+
+@pytest.fixture
+def comparisons(world):
+    return world(2).run(_compare)
+
+
+def _compare(rank, ranks):
+    return demo.compare(rank, ranks, {"layers": 1, "hidden": 16, "heads": 2, "frames": 3, "tokens": 5})
+
+
+def test_a_demo_that_cannot_be_planned_is_one_line_and_exit_code_2(capfd):
+    assert cli.main([*TINY_DEMO, "tokens=1", "frames=1"]) == 2
+    err = capfd.readouterr().err
+    assert "no sequence factor" in err and len(err.splitlines()) == 1, err
