@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the plan alone
         found = _plan(options)
-    print(json.dumps(found.to_json(), indent=2) if options.json else found)
+    print(found.to_json(indent=2) if options.json else found)
     return 0
 
 
@@ -154,7 +153,9 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
     for entry in given:
         name, equals, value = entry.partition("=")
         if not equals or not name.isidentifier():
-            raise DspError(asked=f"{option} {entry!r}", found="no name=value", remedy=f"write it as {option} name=value")
+            raise DspError(
+                asked=f"{option} {entry!r}", found="no name=value", remedy=f"write it as {option} name=value"
+            )
         found[name] = value
     return found
 
@@ -192,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="INPUT=DIMS",
-        help='names of an input\'s dims: video="B T S C"; else the factory\'s own attribute dim_names',
+        help="names of an input's dims: video=\"B T S C\"; else the factory's own attribute dim_names",
     )
 
     entry = commands.add_parser("demo", help="run the paper's Transformer-2D on processes of this computer")

@@ -151,17 +151,23 @@ class ParallelModule(nn.Module):
             next(inputs) if source is None else source if isinstance(source, torch.Tensor) else source[0][source[1]]
             for source in prepared.sources
         ]
-        results = prepared.run(*values)
         program = prepared.program
         if program.mutated:
-            self._write_back(program, results, values)
+            results = self._run_and_write_back(prepared, values)
+        else:
+            results = prepared.run(*values)
         return pytree.tree_unflatten(list(results[len(program.mutated) :]), program.out_spec)
 
-    def _write_back(self, program: Program, results: Sequence[torch.Tensor], values: Sequence[Any]) -> None:
-        positions = {entry.name: n for n, entry in enumerate(program.inputs)}
+    def _run_and_write_back(self, prepared: _Prepared, values: list[Any]) -> tuple:
+        """Runs on copies of what the model changes, because autograd may have saved it, and then changes it."""
+        positions = {(entry.kind, entry.name): n for n, entry in enumerate(prepared.program.inputs)}
+        changed = [positions[kind, name] for kind, name in prepared.program.mutated]
+        copies = {n: values[n].clone() for n in changed}
+        results = prepared.run(*(copies.get(n, value) for n, value in enumerate(values)))
         with torch.no_grad():
-            for (_, name), result in zip(program.mutated, results):
-                values[positions[name]].copy_(result)
+            for n, result in zip(changed, results):
+                values[n].copy_(result)
+        return results
 
     def _find(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Prepared, list[Any]]:
         """The program for these arguments, made if need be, and the arguments in its order."""

@@ -28,13 +28,13 @@ class Enter:
     backward_bytes: float
     tensors: int = 1
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
         found["from"], found["to"] = found.pop("source"), found.pop("target")
         return found
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Enter:
+    def from_dict(cls, data: Mapping[str, Any]) -> Enter:
         rest = {key: value for key, value in data.items() if key not in ("from", "to")}
         return cls(source=data["from"], target=data["to"], **rest)
 
@@ -59,7 +59,8 @@ class Plan:
         counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
     memory: bytes of activations per device at the worst program point, and the capacity they were held under.
     factors: name, size and kind of every factor that is not a feature.
-    without_rule: ops that no rule covers and that therefore run replicated.
+    without_rule: ops that no rule covers and that therefore run replicated. random: ops that draw random numbers, which
+        run replicated too, so that all ranks draw the same.
     seconds: what making the plan took. solver: what the solver said; bytes, or seconds for the objective "time".
     """
 
@@ -71,17 +72,22 @@ class Plan:
     memory: Mapping[str, Any]
     factors: tuple[Mapping[str, Any], ...]
     without_rule: tuple[Mapping[str, Any], ...]
+    random: tuple[Mapping[str, Any], ...]
     seconds: Mapping[str, float]
     solver: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: `json.dumps(plan.to_json())`."""
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON text, which `Plan.from_json` reads."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, as JSON has it."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         data["stages"] = [
             {
                 **{name: getattr(stage, name) for name in stage.__dataclass_fields__},
-                "enter": [e.to_json() for e in stage.enter],
+                "enter": [e.to_dict() for e in stage.enter],
             }
             for stage in self.stages
         ]
@@ -89,7 +95,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> Plan:
-        """The plan that `to_json` wrote. Raises DspError where the data is none."""
+        """The plan that `to_json` or `to_dict` gave. Raises DspError where the data is none."""
         try:
             data = dict(json.loads(data) if isinstance(data, str) else data)
             if data.pop("format", None) != FORMAT:
@@ -101,12 +107,12 @@ class Plan:
                     **{
                         **stage,
                         "computes_over": tuple(stage["computes_over"]),
-                        "enter": tuple(Enter.from_json(entry) for entry in stage["enter"]),
+                        "enter": tuple(Enter.from_dict(entry) for entry in stage["enter"]),
                     }
                 )
                 for stage in data.pop("stages")
             )
-            lists = {name: tuple(data.pop(name)) for name in ("factors", "without_rule")}
+            lists = {name: tuple(data.pop(name)) for name in ("factors", "without_rule", "random")}
             return cls(stages=stages, **lists, **data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DspError(asked="this is no plan", found=f"{type(error).__name__}: {error}") from error
@@ -114,7 +120,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Equal for equal plans, whatever they took to make."""
-        data = self.to_json()
+        data = self.to_dict()
         del data["seconds"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
@@ -158,10 +164,11 @@ class Plan:
             f"constraints, gap {solver['gap']:.2%}; seconds: "
             + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()),
         ]
-        if self.without_rule:
-            names = sorted({entry["target"] for entry in self.without_rule})
-            cost = sum(entry["bytes"] for entry in self.without_rule)
-            lines.append(f"no rule, run replicated: {', '.join(names)} ({_bytes(cost)} on every device)")
+        for reason, entries in (("no rule", self.without_rule), ("random", self.random)):
+            if entries:
+                names = sorted({entry["target"] for entry in entries})
+                cost = sum(entry["bytes"] for entry in entries)
+                lines.append(f"{reason}, run replicated: {', '.join(names)} ({_bytes(cost)} on every device)")
         return "\n".join(lines)
 
 

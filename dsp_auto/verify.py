@@ -119,9 +119,7 @@ def gradients(model: nn.Module, outputs: Any, inputs: Sequence[torch.Tensor]) ->
 def traffic(plan: Plan, measured: Sequence[Mapping[tuple[str, str], tuple[int, float]]]) -> list[Traffic]:
     """Predicted against measured bytes; `measured` has every rank's counts. Silent primitives are left out."""
     planned = plan.communication["by_primitive"]
-    predicted = {
-        (primitive, way): entry[f"{way}_bytes"] for primitive, entry in planned.items() for way in _DIRECTIONS
-    }
+    predicted = {(primitive, way): entry[f"{way}_bytes"] for primitive, entry in planned.items() for way in _DIRECTIONS}
     found = []
     for key in sorted({*predicted, *(key for rank in measured for key in rank)}, key=lambda k: _DIRECTIONS.index(k[1])):
         counts, sent = zip(*(rank.get(key, (0, 0.0)) for rank in measured))

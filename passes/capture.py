@@ -11,13 +11,19 @@ from __future__ import annotations
 import copy
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -84,7 +90,7 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     exported_at = time.perf_counter()
     _inline_no_grad(exported.graph_module)
     if _needs_functionalization(exported.graph_module):
-        exported = exported.run_decompositions({})
+        exported = exported.run_decompositions({aten.copy.default: _copy})
     module = exported.graph_module
     inputs = _inputs(exported)
     mutated = _mutated(exported)
@@ -206,6 +212,11 @@ def _inline_no_grad(module: fx.GraphModule) -> None:
         graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """What `aten.copy` (an assignment made functional) gives, by ops that have a derivative."""
+    return source.to(destination).expand(destination.shape)
 
 
 def _needs_functionalization(module: fx.GraphModule) -> bool:
@@ -332,7 +343,15 @@ def propagate(module: fx.GraphModule, grads: Sequence[bool]) -> tuple[bool, dict
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 packed.clear()
-                value = node.target(*args, **kwargs)
+                try:
+                    value = node.target(*args, **kwargs)
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    raise CaptureError(
+                        asked=f"cannot plan {node.target}",
+                        found="its result depends on the values of tensors, in size or as a number in Python",
+                        where=module_path(node) or None,
+                        remedy="write it with masks of fixed size, or keep it out of the model",
+                    ) from error
             env[node] = value
             node.meta["val"] = value
             for index, result in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
@@ -382,6 +401,36 @@ def _graph_leaves(outputs: list[Any]) -> tuple[set[int], set[str]]:
 _FAITHFUL_FUNCTIONS = {"CheckpointFunction"}
 
 
+@contextmanager
+def _on_fakes(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside, `model` holds fake tensors for its own (yields the parameters by name); after, its own again.
+
+    Not `torch.func.functional_call`: where a module stands at two paths that leaves fake tensors behind (torch 2.13).
+    """
+    swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    fakes: dict[int, torch.Tensor] = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, torch.Tensor] = {}
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module in model.modules():
+                for held in (module._parameters, module._buffers):
+                    for name, tensor in held.items():
+                        if tensor is None:
+                            continue
+                        if id(tensor) not in fakes:
+                            made = _like(tensor).requires_grad_(tensor.requires_grad and tensor.is_leaf)
+                            fakes[id(tensor)] = nn.Parameter(made, made.requires_grad) if id(tensor) in names else made
+                        swapped.append((held, name, tensor))
+                        held[name] = fakes[id(tensor)]
+                        if id(tensor) in names:
+                            found[names[id(tensor)]] = fakes[id(tensor)]
+            yield found
+    finally:
+        for held, name, tensor in swapped:
+            held[name] = tensor
+
+
 def _like(t: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
 
@@ -392,13 +441,10 @@ def _check_gradients(model, args, kwargs, module, inputs, leaves, mutated: int) 
     outputs = pytree.tree_leaves([n.meta["val"] for n in module.graph.output_node().args[0] if isinstance(n, fx.Node)])
     reached, _ = _graph_leaves(outputs)
     kept = {names[leaf].name for leaf in reached if leaf in names}
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.enable_grad():
-        parameters = {n: _like(p).requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
-        state = parameters | {n: _like(b) for n, b in model.named_buffers()}
+    with _on_fakes(model) as parameters, torch.enable_grad():
         call = pytree.tree_map_only(torch.Tensor, lambda t: _like(t).requires_grad_(t.requires_grad), (args, kwargs))
         try:
-            result = torch.func.functional_call(model, state, *call)
+            result = model(*call[0], **call[1])
         except Exception as error:
             raise CaptureError(
                 asked="cannot check that the captured graph keeps the model's gradients",

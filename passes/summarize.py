@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import networkx
@@ -12,6 +12,7 @@ from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
 from .layout import R, show_placement
+from .notation import OpRule
 from .problem import Problem, Resharding
 from .solve import Solution
 from .stages import OP, OUTPUT, Stage, satisfied
@@ -59,16 +60,8 @@ def summarize(
             for f, kind in factors.kinds.items()
             if kind != "feature"
         ),
-        without_rule=tuple(
-            {
-                "op": stage.op.name,
-                "target": str(stage.op.node.target),
-                "path": stage.op.path,
-                "bytes": sum(factors.values[result].nbytes for result in stage.op.results),
-            }
-            for stage in graph.stages
-            if stage.op is not None and stage.op.rule is None
-        ),
+        without_rule=_replicated(problem, lambda rule: rule is None),
+        random=_replicated(problem, lambda rule: rule is not None and rule.is_random),
         seconds=dict(seconds),
         solver={
             "name": solution.solver,
@@ -81,6 +74,21 @@ def summarize(
             "folded": solution.folded,
         },
         versions={"torch": torch.__version__},
+    )
+
+
+def _replicated(problem: Problem, why: Callable[[OpRule | None], bool]) -> tuple[dict[str, Any], ...]:
+    """The ops whose rule (or lack of one) lets them only run replicated, with the bytes they make on every device."""
+    values = problem.graph.factors.values
+    return tuple(
+        {
+            "op": op.name,
+            "target": str(op.node.target),
+            "path": op.path,
+            "bytes": sum(values[result].nbytes for result in op.results),
+        }
+        for op in problem.graph.factors.ops
+        if why(op.rule)
     )
 
 

@@ -38,6 +38,6 @@ def compare(
         "output": found.output,
         "gradient": found.gradient,
         "worst": found.worst,
-        "plan": found.plan.to_json(),
+        "plan": found.plan.to_dict(),
         "measured": {f"{primitive} {way}": tuple(v) for (primitive, way), v in found.measured.items()},
     }

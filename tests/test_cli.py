@@ -58,7 +58,7 @@ def test_explain_prints_the_table(capsys):
 def test_explain_prints_json_that_plan_accepts(capsys):
     code, out, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "4", "--json", *SMALL, "habit=flat")
     plan = Plan.from_json(out)
-    assert code == 0 and plan.mesh == {"sp": 4} and plan.to_json() == json.loads(out)
+    assert code == 0 and plan.mesh == {"sp": 4} and plan.to_dict() == json.loads(out)
 
 
 def test_names_come_from_the_option_or_from_the_factory(capsys):

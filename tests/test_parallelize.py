@@ -153,7 +153,10 @@ def _buffers_change(rank, ranks):
     parallel = dsp_auto.parallelize(twin, sp_mesh(ranks))
     for step in range(2):
         x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(step))
-        assert deviation(parallel(x), model(x)) <= OUTPUT_TOLERANCE
+        found, expected = parallel(x), model(x)
+        assert deviation(found, expected) <= OUTPUT_TOLERANCE
+        own, reference = gradients(twin, found, []), gradients(model, expected, [])
+        assert max(deviation(own[name], grad, 1e-3) for name, grad in reference.items()) <= GRADIENT_TOLERANCE
     for name, buffer in model.named_buffers():
         assert deviation(dict(twin.named_buffers())[name].double(), buffer.double()) <= OUTPUT_TOLERANCE, name
     return True

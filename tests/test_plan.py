@@ -95,9 +95,9 @@ def test_both_mesh_dims_of_2x4_are_used_and_no_place_is_cut_twice():
 def test_json_round_trips_and_prints_the_same():
     model, args, kwargs = fake_transformer(layers=1)
     plan = dsp_auto.plan(model, "4", args, kwargs, dim_names=NAMES)
-    again = dsp_auto.Plan.from_json(json.dumps(plan.to_json()))
+    again = dsp_auto.Plan.from_json(plan.to_json())
     assert str(again) == str(plan) and again.digest == plan.digest
-    data = plan.to_json()
+    data = json.loads(plan.to_json())
     assert {"mesh", "objective", "strategy", "stages", "communication", "seconds", "solver"} <= set(data)
     first = data["stages"][1]
     assert first["computes_over"] == ["T"] and first["layout"] == {"sp": "S"}
@@ -246,6 +246,31 @@ def test_gradients_that_capture_would_lose_or_change_are_refused(inner, function
     assert function in str(error.value) and str(error.value).startswith("inner: ")
     with torch.no_grad():
         dsp_auto.plan(model, "2", (x,))  # no gradient, nothing to lose
+
+
+def test_planning_leaves_a_module_that_stands_at_two_paths_as_it_was():
+    block = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1))
+    model, x = nn.Sequential(block, block), torch.randn(2, 4, 4, requires_grad=True)
+    before = [id(parameter) for parameter in model.parameters()]
+    dsp_auto.plan(model, "2", (x,))
+    assert [id(parameter) for parameter in model.parameters()] == before
+    assert model(x).isfinite().all()
+
+
+def test_an_op_whose_size_depends_on_values_is_refused_with_its_place():
+    class Picks(nn.Module):
+        def forward(self, x):
+            return x.softmax(1)[x.sum((1, 2)) > 0].sum(0)
+
+    with pytest.raises(dsp_auto.CaptureError, match="inner: .*depends on the values"):
+        dsp_auto.plan(Wrapped(Picks()), "2", (torch.randn(2, 4, 4),))
+
+
+def test_random_ops_run_replicated_and_are_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Dropout(0.5), nn.Softmax(1))
+    plan = dsp_auto.plan(model, "2", (torch.randn(2, 4, 4),))
+    assert [entry["path"] for entry in plan.random] == ["2"] and "random, run replicated" in str(plan)
+    assert not dsp_auto.plan(model.eval(), "2", (torch.randn(2, 4, 4),)).random
 
 
 def test_a_detached_branch_is_no_loss():

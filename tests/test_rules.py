@@ -159,6 +159,9 @@ def _():
         ("i,i->", (7,), (7,)),
         ("Bij,Bjk,Bkl->Bil", (2, 3, 4), (2, 4, 5), (2, 5, 7)),
         ("abd,cd->abc", (5, 1, 4), (7, 4)),
+        ("...hqd,...hkd->...hqk", (2, 5, 3, 7, 4), (1, 5, 3, 6, 4)),
+        ("...i,ij", (5, 7), (7, 6)),
+        ("i...->...i", (5, 6, 7)),
         ("abd,bcd->abc", (5, 1, 4), (3, 7, 4)),
     ):
         yield call(aten.einsum.default, equation, [t(*shape) for shape in shapes])
@@ -500,6 +503,16 @@ def _(name):
         yield call(aten.select.int, t(7), 0, 3)
 
 
+@cases("aten::slice_scatter", "aten::select_scatter")
+def _(name):
+    for dim, piece in ((0, (3, 6, 7)), (1, (5, 3, 7)), (-1, (5, 6, 3))):
+        if name == "aten::slice_scatter":
+            yield call(aten.slice_scatter.default, t(5, 6, 7), t(*piece), dim, 1, 4)
+        else:
+            index = tuple(size for position, size in enumerate((5, 6, 7)) if position != dim % 3)
+            yield call(aten.select_scatter.default, t(5, 6, 7), t(*index), dim, 2)
+
+
 @cases("aten::chunk", "aten::split", "aten::split_with_sizes", "aten::unbind", "aten::tensor_split.sections")
 def _(name):
     for dim in (1, -1, -2):
@@ -741,7 +754,7 @@ def test_rules_read(made, notation):
         call(aten.conv1d.default, t(3, 12), t(5, 3, 4)),
         call(aten.conv1d.default, t(2, 6, 12), t(6, 1, 4), None, [1], [0], [1], 6),
         call(aten.einsum.default, "ii->i", [t(5, 5)]),
-        call(aten.einsum.default, "...i->...", [t(5, 5)]),
+        call(aten.einsum.default, "...i->i", [t(5, 5)]),
         call(aten.repeat_interleave.self_int, t(5, 7), 2),
         call(aten.linspace.Tensor_Scalar, t(dtype=I64), 1, 7),
         call(aten.cumsum.default, t(), 0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ..notation import Local, OpCall, OpRule, from_notation
@@ -58,16 +60,16 @@ def outer(call: OpCall) -> OpRule:
 
 @rule("aten::einsum")
 def einsum(call: OpCall) -> OpRule | None:
-    """Any equation that names every dim and repeats no letter in one operand."""
-    equation = call["equation"].replace(" ", "")
-    if "." in equation:
-        return None
-    left, arrow, out = equation.partition("->")
-    terms = left.split(",")
-    if any(len(set(term)) != len(term) for term in terms):
-        return None
+    """Any equation whose operands repeat no letter; `...` as in the notation."""
+    left, arrow, out = call["equation"].replace(" ", "").partition("->")
+    terms = [re.findall(r"[.]{3}|[A-Za-z]", term) for term in left.split(",")]
+    letters = [letter for term in terms for letter in term]
+    results = re.findall(r"[.]{3}|[A-Za-z]", out)
     if not arrow:
-        out = "".join(sorted(letter for letter in set(left) - {","} if left.count(letter) == 1))
-    text = f"{', '.join(' '.join(term) for term in terms)} -> {' '.join(out)}"
-    view = len(terms) == 1 and set(out) == set(terms[0])
-    return from_notation(text, call, reduces=set(left) - set(out) - {","}, is_view=view)
+        results = ["..."] if "..." in letters else []
+        results += sorted(letter for letter in set(letters) - {"..."} if letters.count(letter) == 1)
+    if any(len(set(term)) != len(term) for term in terms) or ("..." in letters and "..." not in results):
+        return None
+    text = f"{', '.join(map(' '.join, terms))} -> {' '.join(results)}"
+    view = len(terms) == 1 and set(results) == set(terms[0])
+    return from_notation(text, call, reduces=set(letters) - set(results), is_view=view)

@@ -160,6 +160,23 @@ def slice_(call: OpCall) -> OpRule | None:
     return from_notation(f"{' '.join(names)} -> {' '.join(out)}", call, moved=[names[dim], "piece"])
 
 
+@rule("aten::slice_scatter", "aten::select_scatter")
+def scatter_piece(call: OpCall) -> OpRule:
+    """A slice or an index of one dim replaced: that dim stays whole."""
+    shape = call.operands[0].shape
+    dim = call.dim(call["dim"])
+    names = [f"d{position}" for position in range(len(shape))]
+    source = [name if position != dim else "piece" for position, name in enumerate(names)]
+    if call.target._schema.name == "aten::select_scatter":
+        source.pop(dim)
+    whole = " ".join(names)
+    return from_notation(
+        f"{whole}, {' '.join(source)} -> {whole}",
+        call,
+        moved=[names[dim], "piece"] if "piece" in source else [names[dim]],
+    )
+
+
 @rule("aten::chunk", "aten::split", "aten::split_with_sizes", "aten::unbind", "aten::tensor_split.sections")
 def pieces(call: OpCall) -> OpRule:
     """Pieces of equal size are a split of the dim into `(piece rest)`, so a fused qkv shards by its rest."""
