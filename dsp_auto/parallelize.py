@@ -79,6 +79,7 @@ def parallelize(
 class _Prepared:
     """One signature: this rank's program and where its inputs come from."""
 
+    signature: str  # equal on every rank
     plan: Plan
     module: fx.GraphModule
     run: Callable[..., tuple]
@@ -173,16 +174,18 @@ class ParallelModule(nn.Module):
         """The program for these arguments, made if need be, and the arguments in its order."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         shapes = self._global_shapes(args, kwargs) if self.options.in_layouts else {}
-        key = (spec, *(_leaf_key(leaf, shapes) for leaf in leaves), *self._mode_key())
+        state, identity = _state_key(self._model)
+        signature = (spec, *(_leaf_key(leaf, shapes) for leaf in leaves), *state)
+        key = (signature, identity)
         prepared = self._kept.get(key)
         self._agreement.check(
-            f"{key!r} {prepared is not None}",
+            f"new {signature!r}" if prepared is None else prepared.signature,
             lambda: _describe(args, kwargs, self.training),
             asked="the ranks were called with different arguments",
             remedy="every rank must pass the same inputs (same shapes, dtypes, modes and non-tensor arguments)",
         )
         if prepared is None:
-            prepared = self._prepare(args, kwargs, shapes)
+            prepared = self._prepare(args, kwargs, shapes, repr(signature))
             self._kept[key] = prepared
             if len(self._kept) > self.max_signatures:
                 self._kept.popitem(last=False)
@@ -191,15 +194,9 @@ class ParallelModule(nn.Module):
         ordered = ordered_kwargs(kwargs, prepared.program.in_spec)
         return prepared, pytree.tree_leaves((args, ordered)) if kwargs else leaves
 
-    def _mode_key(self) -> tuple:
-        modules = tuple(module.training for module in self._model.modules())
-        grads = tuple(parameter.requires_grad for parameter in self._model.parameters())
-        autocast = tuple(
-            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
-        )
-        return self.training, modules, grads, torch.is_grad_enabled(), autocast
-
-    def _prepare(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> _Prepared:
+    def _prepare(
+        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], signature: str
+    ) -> _Prepared:
         agreement = self._agreement
         call = _whole_arguments(args, kwargs, shapes) if shapes else (args, kwargs)
 
@@ -221,7 +218,7 @@ class ParallelModule(nn.Module):
             asked="the ranks do not hold the same model or plan",
             remedy="run the same code and versions on every rank",
         )
-        return _Prepared(plan, module, module.forward, self._sources(ready.program), ready.program)
+        return _Prepared(signature, plan, module, module.forward, self._sources(ready.program), ready.program)
 
     def _sources(self, program: Program) -> list[Any]:
         found: list[Any] = []
@@ -292,6 +289,27 @@ def _named_inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> d
     except TypeError:
         bound = kwargs
     return {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
+
+
+def _state_key(model: nn.Module) -> tuple[tuple, tuple[nn.Module, ...]]:
+    """What of the model and of torch's modes the plan depends on; and which module objects it is made of.
+
+    Read at every call, so it walks the modules itself: `modules()` and `parameters()` take several times as long.
+    """
+    modules, seen, todo = [], set(), [model]
+    while todo:
+        module = todo.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            modules.append(module)
+            todo += [child for child in module._modules.values() if child is not None]
+    modes = tuple([module.training for module in modules])
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    kinds = tuple([(p.requires_grad, p.dtype, p.device.type) for p in parameters])
+    autocast = tuple(
+        (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+    )
+    return (modes, kinds, torch.is_grad_enabled(), autocast), tuple(modules)
 
 
 def _leaf_key(leaf: Any, shapes: Mapping[int, tuple[int, ...]]) -> Any:
