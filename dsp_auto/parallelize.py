@@ -204,7 +204,7 @@ class ParallelModule(nn.Module):
             return prepare(capture(self._model, *call), self._abstract, self.options)
 
         ready: Prepared = agreement.together(own)
-        _check_random(ready, agreement)
+        self._check_random(ready)
         solution = agreement.from_first(lambda: decide(ready))
         coordinate = tuple(self.mesh.get_coordinate() or (0,) * self.mesh.ndim)
         groups = (
@@ -219,6 +219,23 @@ class ParallelModule(nn.Module):
             remedy="run the same code and versions on every rank",
         )
         return _Prepared(signature, plan, module, module.forward, self._sources(ready.program), ready.program)
+
+    def _check_random(self, ready: Prepared) -> None:
+        """Random ops run replicated, so the ranks must draw the same numbers."""
+        seeded = torch.Tag.nondeterministic_seeded
+        ops = ready.problem.graph.factors.ops
+        if not any(op.rule.is_random if op.rule else seeded in getattr(op.node.target, "tags", ()) for op in ops):
+            return
+        states = [torch.get_rng_state()]
+        if self.mesh.device_type != "cpu":
+            states.append(torch.get_device_module(self.mesh.device_type).get_rng_state())
+        digest = hashlib.sha256(b"".join(state.numpy().tobytes() for state in states)).hexdigest()
+        if len(set(self._agreement.gather(digest))) > 1:
+            raise AgreementError(
+                asked="the model draws random numbers",
+                found="the ranks' random states differ, and would drop different elements of one tensor",
+                remedy="call torch.manual_seed with one seed on every rank",
+            )
 
     def _sources(self, program: Program) -> list[Any]:
         found: list[Any] = []
@@ -332,18 +349,3 @@ def _describe(args: tuple, kwargs: Mapping[str, Any], training: bool) -> str:
     shown = [show(leaf) for leaf in pytree.tree_leaves(args)]
     shown += [f"{name}={', '.join(show(leaf) for leaf in pytree.tree_leaves(value))}" for name, value in kwargs.items()]
     return f"({', '.join(shown)}), {'train' if training else 'eval'}, grad {torch.is_grad_enabled()}"
-
-
-def _check_random(ready: Prepared, agreement: Agreement) -> None:
-    """Random ops run replicated, so the ranks must draw the same numbers."""
-    seeded = torch.Tag.nondeterministic_seeded
-    ops = ready.problem.graph.factors.ops
-    if not any(op.rule.is_random if op.rule is not None else seeded in op.node.target.tags for op in ops):
-        return
-    states = agreement.gather(hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest())
-    if len(set(states)) > 1:
-        raise AgreementError(
-            asked="the model draws random numbers",
-            found="the ranks' random states differ, and would drop different elements of one tensor",
-            remedy="call torch.manual_seed with one seed on every rank",
-        )

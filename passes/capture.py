@@ -291,8 +291,8 @@ def _grad_flags(model: nn.Module, inputs, args, kwargs, exported) -> list[bool]:
 
 def ordered_kwargs(kwargs: Mapping[str, Any], in_spec: pytree.TreeSpec) -> dict[str, Any]:
     """`kwargs` in the order in which the exported program flattens them."""
-    order = in_spec.child(1).context
-    return {name: kwargs[name] for name in order}
+    _, ordered = pytree.tree_unflatten([None] * in_spec.num_leaves, in_spec)
+    return {name: kwargs[name] for name in ordered}
 
 
 def node_values(node: fx.Node) -> tuple[Any, ...]:

@@ -92,13 +92,11 @@ class StageGraph:
 
     @cached_property
     def networkx(self) -> networkx.MultiDiGraph:
-        """Stages as nodes, an edge for each use of a storage."""
+        """Stages as nodes (by index), an edge for each use of a storage, from its maker to its user."""
         graph = networkx.MultiDiGraph()
-        graph.add_nodes_from((stage.index, {"name": stage.name, "kind": stage.kind}) for stage in self.stages)
+        graph.add_nodes_from(stage.index for stage in self.stages)
         graph.add_edges_from(
-            (self.storages[use.storage].maker, stage.index, {"storage": use.storage})
-            for stage in self.stages
-            for use in stage.uses
+            (self.storages[use.storage].maker, stage.index, {"use": use}) for stage in self.stages for use in stage.uses
         )
         return graph
 

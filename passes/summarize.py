@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,21 +94,20 @@ def _replicated(problem: Problem, why: Callable[[OpRule | None], bool]) -> tuple
 
 
 def _groups(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
+    """Stages connected by uses that reshard nothing, on the same factors."""
     graph = problem.graph
     links = networkx.Graph()
-    for stage in graph.stages:
-        if stage.kind not in (OP, OUTPUT):
-            continue
-        links.add_node(stage.index)
-        for use in stage.uses:
-            maker = graph.stages[graph.storages[use.storage].maker]
-            if maker.kind != OP or stage.kind != OP:
-                continue
-            same = maker.strategies[choice[maker.index]].factors == stage.strategies[choice[stage.index]].factors
-            if same and satisfied(problem.made(use.storage, choice), use.wanted[choice[stage.index]], use.grad):
-                links.add_edge(maker.index, stage.index)
-    found = sorted(sorted(component) for component in networkx.connected_components(links))
-    return [[graph.stages[index] for index in component] for component in found]
+    links.add_nodes_from(stage.index for stage in graph.stages if stage.kind in (OP, OUTPUT))
+    for maker, user, use in graph.networkx.edges(data="use"):
+        ends = (graph.stages[maker], graph.stages[user])
+        if all(stage.kind == OP for stage in ends):
+            first, second = (stage.strategies[choice[stage.index]].factors for stage in ends)
+            if first == second and satisfied(problem.made(use.storage, choice), use.wanted[choice[user]], use.grad):
+                links.add_edge(maker, user)
+    return [
+        [graph.stages[index] for index in sorted(found)]
+        for found in sorted(map(sorted, networkx.connected_components(links)))
+    ]
 
 
 def _users(problem: Problem, choice: Sequence[int], resharding: Resharding) -> list[int]:
@@ -216,4 +216,4 @@ def _communication(reshardings: Sequence[Resharding], buckets: Sequence[Bucket])
 def _number(value: float) -> float:
     """Whole numbers as int: bytes of even shards are whole."""
     nearest = round(value)
-    return nearest if abs(value - nearest) < 1e-6 * max(1.0, abs(value)) * 1e-3 else value
+    return nearest if math.isclose(value, nearest, rel_tol=1e-12, abs_tol=1e-6) else value
