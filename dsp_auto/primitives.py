@@ -208,15 +208,17 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, at: _At, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.at = at
+        ctx.set_materialize_grads(False)
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        # A member without a gradient here arrives as zeros (autograd materializes them), because another rank
-        # may have one: every rank must bring the same elements to the collective.
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        # A member that nobody used gets no gradient, as on one device: zeros would make optimizers decay it. All
+        # ranks run the same ops, so they lack the same members.
         alike: dict[tuple, list[int]] = defaultdict(list)
         for i, grad in enumerate(grads):
-            alike[grad.dtype, grad.device].append(i)
+            if grad is not None:
+                alike[grad.dtype, grad.device].append(i)
         at, summed = ctx.at.backward(), list(grads)
         for members in alike.values():
             if len(members) == 1:

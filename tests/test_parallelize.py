@@ -257,6 +257,31 @@ def _dropout(rank, ranks):
     return equal
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.one, self.two, self.spare = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        x = self.body(x).softmax(1)
+        x = (x + self.body(x)).softmax(2)
+        return self.one(x), self.two(x)
+
+
+def _unused_parameters(rank, ranks):
+    torch.manual_seed(0)
+    model, x = TwoHeads(), torch.randn(2, 6, 5, 8)
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    parallel(x)[0].square().sum().backward()
+    own = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(x)[0].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (own[name] is None) == (parameter.grad is None), name
+        assert parameter.grad is None or deviation(own[name], parameter.grad, 1e-3) <= GRADIENT_TOLERANCE
+    return sorted(name for name, grad in own.items() if grad is None)
+
+
 def _training(rank, ranks, steps):
     losses = []
     for parallelized in (False, True):
@@ -327,6 +352,10 @@ def test_an_error_on_one_rank_is_an_error_on_all(world):
 
 def test_dropout_draws_what_one_device_draws_and_ranks_with_different_seeds_are_told_so(world):
     assert all(equal <= OUTPUT_TOLERANCE for equal in world(2).run(_dropout))
+
+
+def test_parameters_that_the_loss_does_not_use_get_no_gradient(world):
+    assert world(2).run(_unused_parameters)[0] == ["spare.bias", "spare.weight", "two.bias", "two.weight"]
 
 
 def test_training_on_ranks_loses_what_training_on_one_device_loses(world):
