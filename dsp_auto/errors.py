@@ -101,3 +101,9 @@ def _size(n: int) -> str:
         if n >= scale:
             return f"{n / scale:.2f} {unit}"
     return f"{n} bytes"
+
+
+def first_lines(error: Exception, limit: int = 600) -> str:
+    """Another library's error on one line, cut where it goes on for pages."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= limit else text[:limit] + " …"

@@ -107,7 +107,7 @@ def plan(
         is for inference.
     mesh: a DeviceMesh, `"8"`, `"2x4"` or a `Mesh`.
     objective: "volume" (wire bytes of forward, backward and gradient synchronization) or "time" (seconds by the
-        alpha-beta and roofline models on `hardware`).
+        alpha-beta and roofline models on `hardware`: a profile's name or a `Hardware`; "h100" where none is given).
     capacity: bytes of activations per device (or `"80GB"`); without it, the least that any plan reaches, plus 10%, and only
         tensors below 10% of the largest may stay whole where they could be sharded.
     strategy: "dsp" (sequence factors only), or "auto", which for now is the same.

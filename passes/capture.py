@@ -2,8 +2,7 @@
 
 `torch.export.export(strict=False)` gives pre-dispatch ATen, in which `linear`, `layer_norm` and attention stay whole and
 autograd works. Only where the graph mutates or holds autocast regions is it made functional, which costs as much again.
-The graph is then run once on fake tensors, which gives every value's `requires_grad`, what autograd saves for backward
-(counted by storage, not guessed per op), and a check that no gradient of the model was lost on the way.
+The graph is then propagated (see `propagate`), and no gradient of the model may be lost on the way (`check_gradients`).
 """
 
 from __future__ import annotations
@@ -11,23 +10,20 @@ from __future__ import annotations
 import copy
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from dsp_auto.errors import CaptureError
+from dsp_auto.errors import CaptureError, first_lines
+
+from .check_gradients import check_gradients
+from .propagate import Saved, propagate
 
 aten = torch.ops.aten
 
@@ -39,18 +35,6 @@ class GraphInput:
     kind: str
     name: str
     value: Any = None  # the tensor of a constant
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Memory that autograd keeps for backward from the execution of one op.
-
-    `values` are the graph values (node name, index) it keeps; `internal_bytes` is what only the op knows (the
-    statistics of a norm, the log-sum-exp of attention).
-    """
-
-    values: tuple[tuple[str, int], ...] = ()
-    internal_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,7 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     grads = _grad_flags(fake, inputs, args, kwargs, exported)
     training, saved, leaves = propagate(module, grads)
     if any(grads):
-        _check_gradients(fake, args, kwargs, module, inputs, leaves, len(mutated))
+        check_gradients(fake, args, kwargs, module, [(entry.kind, entry.name) for entry in inputs], leaves)
     return Program(
         module=module,
         inputs=inputs,
@@ -142,7 +126,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict) -> torch.export.Exporte
     try:
         return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
-        reason = _first_lines(error)
+        reason = first_lines(error)
         where = _failing_module(model, args, kwargs)
         raise CaptureError(
             asked=f"cannot capture {type(model).__name__} with torch.export",
@@ -151,11 +135,6 @@ def _export(model: nn.Module, args: tuple, kwargs: dict) -> torch.export.Exporte
             remedy="make torch.export.export(model, args, kwargs, strict=False) succeed: the usual causes are control flow "
             "that depends on tensor values and .item()",
         ) from error
-
-
-def _first_lines(error: Exception, limit: int = 600) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else text[:limit] + " …"
 
 
 def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
@@ -293,205 +272,3 @@ def ordered_kwargs(kwargs: Mapping[str, Any], in_spec: pytree.TreeSpec) -> dict[
     """`kwargs` in the order in which the exported program flattens them."""
     _, ordered = pytree.tree_unflatten([None] * in_spec.num_leaves, in_spec)
     return {name: kwargs[name] for name in ordered}
-
-
-def node_values(node: fx.Node) -> tuple[Any, ...]:
-    """The fake values that a node produces, one per result."""
-    value = node.meta.get("val")
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def module_path(node: fx.Node) -> str:
-    """Where in the user's model the op stands: `blocks.3.attn`, empty for the root."""
-    stack = node.meta.get("nn_module_stack")
-    return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else ""
-
-
-def propagate(module: fx.GraphModule, grads: Sequence[bool]) -> tuple[bool, dict[str, Saved], list[Any]]:
-    """Run the graph node by node on fake tensors that require grad as the model's do.
-
-    grads: which placeholders require grad. Sets every node's `meta["val"]` and returns whether any result requires grad,
-    what each op saves, and the placeholders' fake tensors.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    owner: dict[int, tuple[str, int]] = {}
-    keep = []  # storages stay alive, so that no address is met twice
-    saved: dict[str, Saved] = {}
-    env: dict[fx.Node, Any] = {}
-    flags = iter(grads)
-    leaves = []
-    packed: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        packed.append(tensor)
-        return tensor
-
-    with mode, torch.set_grad_enabled(any(grads)), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        for node in module.graph.nodes:
-            if node.op == "placeholder":
-                value, flag = node.meta.get("val"), next(flags)
-                if isinstance(value, torch.Tensor):
-                    value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-                    value.requires_grad_(flag)
-                leaves.append(value)
-            elif node.op == "get_attr":
-                value = getattr(module, node.target)
-                if isinstance(value, torch.Tensor):
-                    value = mode.from_tensor(value)
-            elif node.op == "output":
-                break
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-                packed.clear()
-                try:
-                    value = node.target(*args, **kwargs)
-                except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                    raise CaptureError(
-                        asked=f"cannot plan {node.target}",
-                        found="its result depends on the values of tensors, in size or as a number in Python",
-                        where=module_path(node) or None,
-                        remedy="write it with masks of fixed size, or keep it out of the model",
-                    ) from error
-            env[node] = value
-            node.meta["val"] = value
-            for index, result in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
-                if isinstance(result, torch.Tensor):
-                    storage = result.untyped_storage()
-                    keep.append(storage)
-                    owner.setdefault(storage._cdata, (node.name, index))
-            if packed and node.op == "call_function":
-                saved[node.name] = _saved(packed, owner, keep)
-    results = pytree.tree_leaves(fx.map_arg(module.graph.output_node().args, env.__getitem__))
-    training = any(isinstance(r, torch.Tensor) and r.requires_grad for r in results)
-    return training, saved, leaves
-
-
-def _saved(packed: list[torch.Tensor], owner: Mapping[int, tuple[str, int]], keep: list) -> Saved:
-    values: dict[tuple[str, int], None] = {}
-    internal: dict[int, int] = {}
-    for tensor in packed:
-        storage = tensor.untyped_storage()
-        keep.append(storage)
-        if storage._cdata in owner:
-            values[owner[storage._cdata]] = None
-        else:
-            internal[storage._cdata] = storage.nbytes()
-    return Saved(tuple(values), sum(internal.values()))
-
-
-def _graph_leaves(outputs: list[Any]) -> tuple[set[int], set[str]]:
-    """Ids of the leaves that gradients reach from `outputs`, and the names of custom autograd functions on the way."""
-    todo = [o.grad_fn for o in outputs if isinstance(o, torch.Tensor) and o.grad_fn is not None]
-    seen, leaves, custom = set(todo), set(), set()
-    leaves |= {id(o) for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad and o.grad_fn is None}
-    while todo:
-        function = todo.pop()
-        if hasattr(function, "variable"):
-            leaves.add(id(function.variable))
-        if isinstance(function, torch.autograd.function.BackwardCFunction):
-            custom.add(type(function).__name__.removesuffix("Backward"))
-        for following, _ in function.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                todo.append(following)
-    return leaves, custom
-
-
-# Their backward is the gradient of their forward, so tracing through the forward changes nothing.
-_FAITHFUL_FUNCTIONS = {"CheckpointFunction"}
-
-
-@contextmanager
-def _on_fakes(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside, `model` holds fake tensors for its own (yields the parameters by name); after, its own again.
-
-    Not `torch.func.functional_call`: where a module stands at two paths that leaves fake tensors behind (torch 2.13).
-    """
-    swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    fakes: dict[int, torch.Tensor] = {}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: dict[str, torch.Tensor] = {}
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            for module in model.modules():
-                for held in (module._parameters, module._buffers):
-                    for name, tensor in held.items():
-                        if tensor is None:
-                            continue
-                        if id(tensor) not in fakes:
-                            made = _like(tensor).requires_grad_(tensor.requires_grad and tensor.is_leaf)
-                            fakes[id(tensor)] = nn.Parameter(made, made.requires_grad) if id(tensor) in names else made
-                        swapped.append((held, name, tensor))
-                        held[name] = fakes[id(tensor)]
-                        if id(tensor) in names:
-                            found[names[id(tensor)]] = fakes[id(tensor)]
-            yield found
-    finally:
-        for held, name, tensor in swapped:
-            held[name] = tensor
-
-
-def _like(t: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-
-
-def _check_gradients(model, args, kwargs, module, inputs, leaves, mutated: int) -> None:
-    """Every parameter, input and output that has a gradient path in the model has one in the graph, by the same functions."""
-    names = {id(leaf): entry for leaf, entry in zip(leaves, inputs, strict=True)}
-    outputs = pytree.tree_leaves([n.meta["val"] for n in module.graph.output_node().args[0] if isinstance(n, fx.Node)])
-    reached, _ = _graph_leaves(outputs)
-    kept = {names[leaf].name for leaf in reached if leaf in names}
-    with _on_fakes(model) as parameters, torch.enable_grad():
-        call = pytree.tree_map_only(torch.Tensor, lambda t: _like(t).requires_grad_(t.requires_grad), (args, kwargs))
-        try:
-            result = model(*call[0], **call[1])
-        except Exception as error:
-            raise CaptureError(
-                asked="cannot check that the captured graph keeps the model's gradients",
-                found=f"the model does not run on fake tensors: {_first_lines(error)}",
-                remedy="keep values of tensors out of Python code in forward()",
-            ) from error
-    model_leaves, custom = _graph_leaves(pytree.tree_leaves(result))
-    custom -= _FAITHFUL_FUNCTIONS
-    if custom:
-        raise CaptureError(
-            asked="cannot capture the model for training",
-            found=f"it uses custom autograd functions ({', '.join(sorted(custom))}), and torch.export follows their forward "
-            "and forgets their backward",
-            where=_module_of_function(model, custom) or None,
-            remedy="make them torch.library.custom_op with register_autograd, or run under torch.no_grad()",
-        )
-    lost = [name for name, p in parameters.items() if id(p) in model_leaves and name not in kept]
-    tied = _tied(model)
-    lost = [name for name in lost if not tied.get(name, set()) & kept]
-    flat_in = pytree.tree_leaves((call[0], call[1]))
-    flat_names = [entry.name for entry in inputs if entry.kind == "input"]
-    if len(flat_in) == len(flat_names):
-        lost += [n for n, t in zip(flat_names, flat_in, strict=True) if id(t) in model_leaves and n not in kept]
-    if lost:
-        raise CaptureError(
-            asked="cannot capture the model for training",
-            found=f"the captured graph has no gradient for {_some(lost)}, and the model has",
-            where=lost[0].rpartition(".")[0] or None,
-            remedy="look for .detach(), .data, torch.no_grad() or torch.autograd.grad between this module and the output",
-        )
-
-
-def _tied(model: nn.Module) -> dict[str, set[str]]:
-    groups: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), set()).add(name)
-    return {name: group for group in groups.values() for name in group}
-
-
-def _module_of_function(model: nn.Module, functions: set[str]) -> str:
-    """The first submodule whose class's module or forward names one of the functions."""
-    for name, module in model.named_modules():
-        code = getattr(type(module).forward, "__code__", None)
-        if code and functions & set(code.co_names):
-            return name
-    return ""
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -18,8 +18,9 @@ from torch import fx
 
 from dsp_auto.errors import LayoutError
 
-from .capture import Program, module_path, node_values
+from .capture import Program
 from .notation import OpCall, OpRule, Shape
+from .propagate import module_path, node_values
 from .rules import find_rule
 
 ValueId = tuple[str, int]  # node name, index among the node's results

@@ -168,7 +168,9 @@ def _enter(problem: Problem, reshardings: Sequence[Resharding]) -> list[Enter]:
     for resharding in reshardings:
         names = graph.factors.factor_names(resharding.storage)
         storage = graph.storages[resharding.storage]
-        label = graph.stages[storage.maker].name if storage.kind != "activation" else storage.id[0]
+        maker = graph.stages[storage.maker]
+        label = maker.name if storage.kind != "activation" else storage.id[0]
+        label += f".{storage.result}" if len(maker.results) > 1 else ""
         for step, cost in zip(resharding.steps, resharding.costs):
             entry = Enter(
                 step.primitive,

@@ -10,11 +10,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from dsp_auto.mesh import Mesh, as_mesh
-from dsp_auto.passes.capture import GraphInput, Program, propagate
+from dsp_auto.passes.capture import GraphInput, Program
 from dsp_auto.passes.enumerate_strategies import shardable_factors
 from dsp_auto.passes.factorize import Factors, factorize
 from dsp_auto.passes.layout import Layout
 from dsp_auto.passes.problem import Problem
+from dsp_auto.passes.propagate import propagate
 from dsp_auto.passes.stages import make_stages
 
 aten = torch.ops.aten
