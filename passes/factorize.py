@@ -341,6 +341,13 @@ def _kinds(program: Program, made: Factors) -> dict[int, str]:
     }
 
 
+def _label(op: Op) -> str:
+    """The op's module by its last name, a number with the name before it: `proj`, `layer0`."""
+    parts = op.path.split(".") if op.path else [op.name]
+    names = [n for n, part in enumerate(parts) if not part.isdigit()]
+    return "".join(parts[names[-1] :]) if names else op.name
+
+
 def _names(program: Program, made: Factors, dim_names: Mapping[str, str]) -> dict[int, str]:
     """The user's names first; then the input's name and dim (`video.1`), then the op's (`proj.2`)."""
     names: dict[int, str] = {}
@@ -384,7 +391,7 @@ def _names(program: Program, made: Factors, dim_names: Mapping[str, str]) -> dic
                 if made.kinds[factor] != "feature":
                     give(factor, f"{argument}.{position}" + (f".{index}" if len(dim) > 1 else ""))
     for op in made.ops:
-        label = op.path.rpartition(".")[2] or op.name
+        label = _label(op)
         for result in op.results:
             for position, dim in enumerate(made.values[result].dims):
                 for index, factor in enumerate(dim):

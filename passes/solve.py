@@ -2,8 +2,7 @@
 
 Without a capacity, replicating everything would send nothing. So then Capacity is the least peak that any plan reaches,
 and a slack. Repeated blocks share their variables (`fold`), and the mean over the copies gives a lower bound, which the
-plan carries. Under a capacity that a user gave, a plan that is further from its bound than `GAP` is solved for again
-without sharing; under our own, the slack is there for small tensors, not for running one block of many replicated.
+plan carries. A plan that is further from its bound than `GAP` is solved for again without sharing.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ def solve(
     """The cheapest choice whose peak stays within `capacity` bytes.
 
     capacity: bytes of activations per device; None: the least peak that a plan (with repeated blocks alike) reaches, and 10%.
-    gap: under a given capacity, a folded plan further than this from its bound is solved for again without folding, within
-        `time_limit` seconds.
+    gap: a folded plan further than this from its bound is solved for again without folding, within `time_limit` seconds.
     Raises InfeasibleError where no choice fits.
     """
     started = time.perf_counter()
@@ -67,14 +65,13 @@ def solve(
     same = fold(problem.graph) if use_folding else apart
     model = Model(problem, same)
     rows = model.points()
-    given = capacity is not None
-    if not given:
+    if capacity is None:
         capacity = int(_least_peak(problem, model, rows, time_limit)[0] * (1 + SLACK))
     answer = model.solve(rows, capacity, time_limit=time_limit)
     bound = _cost(problem, answer)
     if same != apart:
         bound = _lower_bound(problem, same, answer, capacity, time_limit)
-        if answer.choice is None or (given and _distance(_cost(problem, answer), bound) > gap):
+        if answer.choice is None or _distance(_cost(problem, answer), bound) > gap:
             answer, bound = _solve_apart(problem, apart, answer, bound, set(rows), capacity, time_limit)
     if answer.choice is None:
         raise _infeasible(problem, model, rows, capacity, time_limit)

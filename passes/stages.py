@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import networkx
-
 from dsp_auto.mesh import Mesh
 from dsp_auto.shards import shard_sizes
 
@@ -89,16 +87,6 @@ class StageGraph:
             for use in stage.uses:
                 found.setdefault(use.storage, []).append(use)
         return {storage: tuple(uses) for storage, uses in found.items()}
-
-    @cached_property
-    def networkx(self) -> networkx.MultiDiGraph:
-        """Stages as nodes (by index), an edge for each use of a storage, from its maker to its user."""
-        graph = networkx.MultiDiGraph()
-        graph.add_nodes_from(stage.index for stage in self.stages)
-        graph.add_edges_from(
-            (self.storages[use.storage].maker, stage.index, {"use": use}) for stage in self.stages for use in stage.uses
-        )
-        return graph
 
     def local_bytes(self, storage: ValueId, layout: Layout) -> int:
         """Bytes of the storage on the rank that holds most of it."""

@@ -94,19 +94,27 @@ def _replicated(problem: Problem, why: Callable[[OpRule | None], bool]) -> tuple
 
 
 def _groups(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
-    """Stages connected by uses that reshard nothing, on the same factors."""
+    """Stages connected by uses that reshard nothing, on the same factors, with equally many reshardings before them: so a
+    group never waits for what another makes of its own results."""
     graph = problem.graph
     links = networkx.Graph()
     links.add_nodes_from(stage.index for stage in graph.stages if stage.kind in (OP, OUTPUT))
-    for maker, user, use in graph.networkx.edges(data="use"):
-        ends = (graph.stages[maker], graph.stages[user])
-        if all(stage.kind == OP for stage in ends):
-            first, second = (stage.strategies[choice[stage.index]].factors for stage in ends)
-            if first == second and satisfied(problem.made(use.storage, choice), use.wanted[choice[user]], use.grad):
-                links.add_edge(maker, user)
+    reshardings_before = dict.fromkeys(links, 0)
+    same_layout = []
+    for user in graph.stages:
+        for use in user.uses:
+            maker = graph.stages[graph.storages[use.storage].maker]
+            if maker.kind != OP:
+                continue
+            as_made = satisfied(problem.made(use.storage, choice), use.wanted[choice[user.index]], use.grad)
+            before = reshardings_before[maker.index] + (not as_made)
+            reshardings_before[user.index] = max(reshardings_before[user.index], before)
+            first, second = (stage.strategies[choice[stage.index]].factors for stage in (maker, user))
+            if as_made and first == second and user.kind == OP:
+                same_layout.append((maker.index, user.index))
+    links.add_edges_from((a, b) for a, b in same_layout if reshardings_before[a] == reshardings_before[b])
     return [
-        [graph.stages[index] for index in sorted(found)]
-        for found in sorted(map(sorted, networkx.connected_components(links)))
+        [graph.stages[index] for index in group] for group in sorted(map(sorted, networkx.connected_components(links)))
     ]
 
 
