@@ -112,7 +112,7 @@ def layered(layers: int, training: bool = True):
 def test_the_bound_of_a_folded_plan_is_a_lower_bound_of_the_optimum(ranks, training):
     for layers in (2, 3, 5):
         problem = problem_of(layered(layers, training), ranks)
-        folded = solve(problem)
+        folded = solve(problem, gap=1.0)  # as folding finds it, however far from its bound
         exact = solve(problem, folded.capacity_bytes, use_folding=False)
         assert folded.folded and not exact.folded
         assert folded.bound <= exact.objective + 1e-6 <= folded.objective + 2e-6
