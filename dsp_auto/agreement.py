@@ -6,30 +6,51 @@ The checks go over a gloo group of their own, so that on GPUs they neither wait 
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import AgreementError
+from .errors import AgreementError, MeshError
+
+TIMEOUT = timedelta(minutes=30)  # a rank may still be capturing a large model
+# Of each set of ranks, the group and the world that it was made in.
+_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+
+def _gloo_group(ranks: tuple[int, ...], rank: int) -> Any:
+    """A gloo group of `ranks`, made by these ranks alone.
+
+    Not `dist.new_group`: it either waits for all ranks of the world, or names the group after how many groups this process
+    has made, and where some rank has made one more the ranks wait for each other for ever. Building one over the world's
+    store needs the private `_get_default_store` (see `test_the_worlds_store_can_be_had`).
+    """
+    world = dist.group.WORLD
+    if ranks not in _groups or _groups[ranks][0] is not world:
+        store = dist.PrefixStore(f"dsp_auto/{ranks}", c10d._get_default_store())
+        _groups[ranks] = (world, dist.ProcessGroupGloo(store, rank, len(ranks), TIMEOUT))
+    return _groups[ranks][1]
 
 
 class Agreement:
     """The ranks of one mesh, talking about what they are about to do."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self.ranks: list[int] = mesh.mesh.flatten().tolist()
+        self.ranks: tuple[int, ...] = tuple(mesh.mesh.flatten().tolist())
         self.size = len(self.ranks)
-        self.rank = self.ranks.index(dist.get_rank()) if dist.is_initialized() else 0
-        self._group: Any = None
-
-    @property
-    def group(self) -> Any:
-        if self._group is None:
-            self._group = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True)
-        return self._group
+        own = dist.get_rank() if dist.is_initialized() else self.ranks[0]
+        if own not in self.ranks:
+            raise MeshError(
+                asked=f"parallelize over the ranks {', '.join(map(str, self.ranks))}",
+                found=f"this is rank {own}",
+                remedy="call it on the ranks of the mesh only",
+            )
+        self.rank = self.ranks.index(own)
 
     def check(self, key: str, describe: Callable[[], Any], asked: str, remedy: str) -> None:
         """Raises AgreementError on every rank where the ranks' keys differ; costs one all-gather of 8 bytes.
@@ -39,33 +60,37 @@ class Agreement:
         if self.size == 1:
             return
         own = torch.tensor([int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")])
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(found, own, group=self.group)
-        if all(torch.equal(other, own) for other in found):
+        if all(torch.equal(other, own) for other in self._gather_tensors(own)):
             return
         # Whoever compares like this sees a difference on every rank, so all of them come here.
         told = self.gather(describe())
         raise AgreementError(asked=asked, found=_differences(told), remedy=remedy)
 
+    def _gather_tensors(self, own: torch.Tensor) -> list[torch.Tensor]:
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        _gloo_group(self.ranks, self.rank).allgather([found], [own]).wait()
+        return found
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [int(size) for size in self._gather_tensors(torch.tensor([own.numel()]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: own.numel()] = own
+        found = self._gather_tensors(padded)
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(found, sizes)]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on the first rank, on every rank; if it raises there, all ranks raise that."""
-        outcome: list[Any] = [None]
+        outcome: Any = None
         if self.rank == 0:
             try:
-                outcome = [(True, make())]
+                outcome = (True, make())
             except Exception as error:
-                outcome = [(False, error)]
-        if self.size > 1:
-            dist.broadcast_object_list(outcome, src=self.ranks[0], group=self.group)
-        done, value = outcome[0]
+                outcome = (False, error)
+        done, value = self.gather(outcome)[0]
         if not done:
             raise value
         return value

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
-from .errors import AgreementError, LayoutError, MeshError
+from .errors import DspError, LayoutError, MeshError
 from .mesh import as_mesh
 from .passes.capture import Program, capture, ordered_kwargs
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
-from .shards import shard_sizes
+from .signature import as_text, describe, named_inputs, signature, whole_shape
 
 
 def parallelize(
@@ -85,68 +85,108 @@ class _Prepared:
     run: Callable[..., tuple]
     sources: list[tuple[dict[str, Any], str] | torch.Tensor | None]  # None: the next user input
     program: Program
+    draws: bool  # random numbers
+
+
+@dataclass
+class _State:
+    """What a ParallelModule keeps beside what it shares with the model."""
+
+    model: nn.Module
+    mesh: DeviceMesh
+    options: Options
+    max_signatures: int
+    agreement: Agreement
+    kept: OrderedDict[tuple, _Prepared] = field(default_factory=OrderedDict)
+    latest: _Prepared | None = None
 
 
 class ParallelModule(nn.Module):
-    """What `parallelize` returns. `plan` is the plan of the latest call, `plans` those of all kept signatures."""
+    """What `parallelize` returns. `plan` is the plan of the latest call, `plans` those of all kept signatures.
+
+    Shares the model's parameters, buffers and submodules; other attributes are read from and written to the model. The plan
+    follows what `signature` reads. After a change that it does not see (a plain attribute that `forward` uses), `replan()`.
+    """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, options: Options, max_signatures: int = 16) -> None:
         super().__init__()
         # The same containers, not copies: what is loaded, moved or replaced in one is so in the other.
         for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[shared] = model.__dict__[shared]
-        for shared in (
-            "_state_dict_hooks",
-            "_state_dict_pre_hooks",
-            "_load_state_dict_pre_hooks",
-            "_load_state_dict_post_hooks",
-        ):
-            self.__dict__[shared] = model.__dict__[shared]
-        self.__dict__["_model"] = model  # not a submodule: it would double every key
         self.training = model.training
-        self.mesh, self.options, self.max_signatures = mesh, options, max_signatures
-        self._abstract = as_mesh(mesh)
-        self._agreement = Agreement(mesh)
-        self._kept: OrderedDict[tuple, _Prepared] = OrderedDict()
-        self._latest: _Prepared | None = None
+        # Not as a submodule, which would double every key.
+        self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh))
 
-        @functools.wraps(model.forward)  # the model's signature
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
+        forward.__signature__ = inspect.signature(model.forward)
         self.__dict__["forward"] = forward
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_model"], name)
+            if "_dsp" not in self.__dict__:
+                raise
+            return getattr(self._dsp.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_dsp" not in self.__dict__ or name.startswith("_") or hasattr(nn.Module, name) or name == "training":
+            super().__setattr__(name, value)
+        else:
+            setattr(self._dsp.model, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        state = self._dsp
+        made = ParallelModule(copy.deepcopy(state.model, memo), state.mesh, state.options, state.max_signatures)
+        memo[id(self)] = made
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DspError(
+            asked="cannot pickle a parallel module",
+            found="its programs belong to the process groups of this run",
+            remedy="save its state_dict(), whose keys are the model's, and parallelize the model again",
+        )
 
     def train(self, mode: bool = True) -> ParallelModule:
-        self._model.train(mode)
+        self._dsp.model.train(mode)
         self.training = mode
         return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._dsp.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._dsp.model.load_state_dict(*args, **kwargs)
 
     @property
     def plan(self) -> Plan | None:
         """The plan of the latest call; None before the first."""
-        return self._latest.plan if self._latest is not None else None
+        return self._dsp.latest.plan if self._dsp.latest is not None else None
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        return tuple(prepared.plan for prepared in self._kept.values())
+        return tuple(prepared.plan for prepared in self._dsp.kept.values())
 
     @property
     def program(self) -> fx.GraphModule | None:
         """This rank's program of the latest call: an `fx.GraphModule` whose nodes carry module paths and local shapes."""
-        return self._latest.module if self._latest is not None else None
+        return self._dsp.latest.module if self._dsp.latest is not None else None
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for these arguments without running them."""
         return self._find(args, kwargs)[0].plan
 
+    def replan(self) -> None:
+        """Forget all plans: the next call captures the model as it is then. To be called on every rank."""
+        self._dsp.kept.clear()
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         prepared, leaves = self._find(args, kwargs)
+        if prepared.draws:
+            self._check_random()
         inputs = iter(leaves)
         values = [
             next(inputs) if source is None else source if isinstance(source, torch.Tensor) else source[0][source[1]]
@@ -172,44 +212,38 @@ class ParallelModule(nn.Module):
 
     def _find(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Prepared, list[Any]]:
         """The program for these arguments, made if need be, and the arguments in its order."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        shapes = self._global_shapes(args, kwargs) if self.options.in_layouts else {}
-        state, identity = _state_key(self._model)
-        signature = (spec, *(_leaf_key(leaf, shapes) for leaf in leaves), *state)
-        key = (signature, identity)
-        prepared = self._kept.get(key)
-        self._agreement.check(
-            f"new {signature!r}" if prepared is None else prepared.signature,
-            lambda: _describe(args, kwargs, self.training),
+        state = self._dsp
+        kwargs = dict(sorted(kwargs.items()))
+        shapes = self._global_shapes(args, kwargs) if state.options.in_layouts else {}
+        read, identity = signature(state.model, args, kwargs, shapes)
+        key = (read, identity)
+        prepared = state.kept.get(key)
+        state.agreement.check(
+            "new " + as_text(read) if prepared is None else prepared.signature,
+            lambda: describe(args, kwargs, self.training),
             asked="the ranks were called with different arguments",
             remedy="every rank must pass the same inputs (same shapes, dtypes, modes and non-tensor arguments)",
         )
         if prepared is None:
-            prepared = self._prepare(args, kwargs, shapes, repr(signature))
-            self._kept[key] = prepared
-            if len(self._kept) > self.max_signatures:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        self._latest = prepared
-        ordered = ordered_kwargs(kwargs, prepared.program.in_spec)
-        return prepared, pytree.tree_leaves((args, ordered)) if kwargs else leaves
+            prepared = self._prepare(args, kwargs, shapes, as_text(read))
+            state.kept[key] = prepared
+            if len(state.kept) > state.max_signatures:
+                state.kept.popitem(last=False)
+        state.kept.move_to_end(key)
+        state.latest = prepared
+        return prepared, pytree.tree_leaves((args, ordered_kwargs(kwargs, prepared.program.in_spec)))
 
     def _prepare(
-        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], signature: str
+        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], text: str
     ) -> _Prepared:
-        agreement = self._agreement
+        state, agreement = self._dsp, self._dsp.agreement
         call = _whole_arguments(args, kwargs, shapes) if shapes else (args, kwargs)
-
-        def own() -> Prepared:
-            return prepare(capture(self._model, *call), self._abstract, self.options)
-
-        ready: Prepared = agreement.together(own)
-        self._check_random(ready)
-        solution = agreement.from_first(lambda: decide(ready))
-        coordinate = tuple(self.mesh.get_coordinate() or (0,) * self.mesh.ndim)
-        groups = (
-            [self.mesh.get_group(m).group_name for m in range(self.mesh.ndim)] if dist.is_initialized() else ["", ""]
+        ready: Prepared = agreement.together(
+            lambda: prepare(capture(state.model, *call), as_mesh(state.mesh), state.options)
         )
+        solution = agreement.from_first(lambda: decide(ready))
+        coordinate = tuple(state.mesh.get_coordinate() or (0,) * state.mesh.ndim)
+        groups = [state.mesh.get_group(m).group_name if dist.is_initialized() else "" for m in range(state.mesh.ndim)]
         plan, graph = agreement.together(lambda: finish(ready, solution, coordinate, groups))
         module = fx.GraphModule(ready.program.module, graph)
         agreement.check(
@@ -218,24 +252,21 @@ class ParallelModule(nn.Module):
             asked="the ranks do not hold the same model or plan",
             remedy="run the same code and versions on every rank",
         )
-        return _Prepared(signature, plan, module, module.forward, self._sources(ready.program), ready.program)
+        sources = self._sources(ready.program)
+        return _Prepared(text, plan, module, module.forward, sources, ready.program, _draws(ready))
 
-    def _check_random(self, ready: Prepared) -> None:
+    def _check_random(self) -> None:
         """Random ops run replicated, so the ranks must draw the same numbers."""
-        seeded = torch.Tag.nondeterministic_seeded
-        ops = ready.problem.graph.factors.ops
-        if not any(op.rule.is_random if op.rule else seeded in getattr(op.node.target, "tags", ()) for op in ops):
-            return
         states = [torch.get_rng_state()]
-        if self.mesh.device_type != "cpu":
-            states.append(torch.get_device_module(self.mesh.device_type).get_rng_state())
+        if self._dsp.mesh.device_type != "cpu":
+            states.append(torch.get_device_module(self._dsp.mesh.device_type).get_rng_state())
         digest = hashlib.sha256(b"".join(state.numpy().tobytes() for state in states)).hexdigest()
-        if len(set(self._agreement.gather(digest))) > 1:
-            raise AgreementError(
-                asked="the model draws random numbers",
-                found="the ranks' random states differ, and would drop different elements of one tensor",
-                remedy="call torch.manual_seed with one seed on every rank",
-            )
+        self._dsp.agreement.check(
+            digest,
+            lambda: f"state {digest[:8]}",
+            asked="the model draws random numbers, and the ranks' random states differ",
+            remedy="call torch.manual_seed with one seed on every rank",
+        )
 
     def _sources(self, program: Program) -> list[Any]:
         found: list[Any] = []
@@ -246,45 +277,35 @@ class ParallelModule(nn.Module):
                 found.append(entry.value)
             else:
                 path, _, name = entry.name.rpartition(".")
-                owner = self._model.get_submodule(path)
+                owner = self._dsp.model.get_submodule(path)
                 found.append((owner._parameters if entry.kind == "parameter" else owner._buffers, name))
         return found
 
-    # --- inputs that arrive in shards
-
     def _global_shapes(self, args: tuple, kwargs: dict[str, Any]) -> dict[int, tuple[int, ...]]:
         """Whole shapes, by id of the tensor, of the inputs named in `in_layouts`: from every rank's part."""
-        named = _named_inputs(self._model, args, kwargs)
+        state = self._dsp
+        mesh = as_mesh(state.mesh)
+        named = named_inputs(state.model, args, kwargs)
+        wanted = state.options.in_layouts
+        told = state.agreement.gather({name: tuple(named[name].shape) for name in wanted if name in named})
         found = {}
-        for name, spec in self.options.in_layouts.items():
-            if name not in named:
+        for name, spec in wanted.items():
+            parts = [shapes.get(name) for shapes in told]
+            if None in parts:
                 raise LayoutError(
                     asked=f"in_layouts names the input {name!r}",
-                    found=f"the tensor arguments of the call are {', '.join(named) or 'none'}",
+                    found=f"the tensor arguments of the call are {', '.join(named) or 'none'} (rank {parts.index(None)} "
+                    "passed no such tensor)",
                     remedy="use one of these names",
                 )
-            shape = list(named[name].shape)
-            for mesh_dim, dim in spec.items():
-                if dim is None:
-                    continue
-                if isinstance(dim, str) or mesh_dim not in self._abstract.names or not -len(shape) <= dim < len(shape):
-                    raise LayoutError(
-                        asked=f"layout {dict(spec)!r} of {name}",
-                        found=f"the mesh has dims {', '.join(self._abstract.names)}, the tensor {len(shape)} dims",
-                        remedy="write it as {mesh dim: number of the tensor's dim}",
-                    )
-                group = self.mesh.get_group(mesh_dim)
-                sizes: list[Any] = [None] * dist.get_world_size(group)
-                dist.all_gather_object(sizes, shape[dim], group=group)
-                if sizes != shard_sizes(sum(sizes), len(sizes)):
-                    raise LayoutError(
-                        asked=f"layout {dict(spec)!r} of {name}",
-                        found=f"the ranks hold {sizes} along dim {dim}",
-                        remedy="cut it as torch.tensor_split does: sizes differ by at most one, larger ones first",
-                    )
-                shape[dim] = sum(sizes)
-            found[id(named[name])] = tuple(shape)
+            found[id(named[name])] = whole_shape(name, spec, parts, mesh, state.agreement.rank)
         return found
+
+
+def _draws(ready: Prepared) -> bool:
+    seeded = torch.Tag.nondeterministic_seeded
+    ops = ready.problem.graph.factors.ops
+    return any(op.rule.is_random if op.rule else seeded in getattr(op.node.target, "tags", ()) for op in ops)
 
 
 def _whole_arguments(args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> tuple[tuple, dict]:
@@ -297,55 +318,3 @@ def _whole_arguments(args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, t
         return made.requires_grad_(tensor.requires_grad)
 
     return pytree.tree_map_only(torch.Tensor, fake, (args, kwargs))
-
-
-def _named_inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensor arguments by the names of the model's `forward`."""
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    except TypeError:
-        bound = kwargs
-    return {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
-
-
-def _state_key(model: nn.Module) -> tuple[tuple, tuple[nn.Module, ...]]:
-    """What of the model and of torch's modes the plan depends on; and which module objects it is made of.
-
-    Read at every call, so it walks the modules itself: `modules()` and `parameters()` take several times as long.
-    """
-    modules, seen, todo = [], set(), [model]
-    while todo:
-        module = todo.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            modules.append(module)
-            todo += [child for child in module._modules.values() if child is not None]
-    modes = tuple([module.training for module in modules])
-    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-    kinds = tuple([(p.requires_grad, p.dtype, p.device.type) for p in parameters])
-    autocast = tuple(
-        (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
-    )
-    return (modes, kinds, torch.is_grad_enabled(), autocast), tuple(modules)
-
-
-def _leaf_key(leaf: Any, shapes: Mapping[int, tuple[int, ...]]) -> Any:
-    """What of an argument the plan depends on; for a part of an input, the whole shape."""
-    if isinstance(leaf, torch.Tensor):
-        return (shapes.get(id(leaf), tuple(leaf.shape)), leaf.dtype, leaf.device.type, leaf.requires_grad)
-    try:
-        hash(leaf)
-    except TypeError:
-        return (type(leaf), repr(leaf))
-    return (type(leaf), leaf)
-
-
-def _describe(args: tuple, kwargs: Mapping[str, Any], training: bool) -> str:
-    def show(leaf: Any) -> str:
-        if isinstance(leaf, torch.Tensor):
-            return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
-        return repr(leaf)[:40]
-
-    shown = [show(leaf) for leaf in pytree.tree_leaves(args)]
-    shown += [f"{name}={', '.join(show(leaf) for leaf in pytree.tree_leaves(value))}" for name, value in kwargs.items()]
-    return f"({', '.join(shown)}), {'train' if training else 'eval'}, grad {torch.is_grad_enabled()}"

@@ -55,9 +55,28 @@ class Options:
                 found="no such objective",
                 remedy=f"use one of {', '.join(OBJECTIVES)}",
             )
+        _check_spec_types(options)
         if options.objective == "time" and options.hardware is None:
             options = replace(options, hardware=as_hardware("h100"))
         return options
+
+
+def _check_spec_types(options: Options) -> None:
+    for name, spec in (options.in_layouts or {}).items():
+        if not isinstance(spec, Mapping):
+            raise LayoutError(
+                asked=f"in_layouts gives {name} the layout {spec!r}",
+                found=f"a {type(spec).__name__}",
+                remedy='write it as {"sp": 1}: mesh dim, and the dim of the tensor that is cut over it',
+            )
+    specs = options.out_layouts
+    listed = [specs] if isinstance(specs, Mapping) or specs is None else specs
+    if not isinstance(listed, Sequence) or not all(spec is None or isinstance(spec, Mapping) for spec in listed):
+        raise LayoutError(
+            asked=f"out_layouts is {specs!r}",
+            found=f"a {type(specs).__name__}",
+            remedy='write it as {"sp": 1}, or a list with one such entry (or None) for each tensor that is returned',
+        )
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -10,7 +10,9 @@
 They are called as `torch.ops.dsp.switch(x, ...)`. `ranks`, `rank` and the group's name are arguments, so a
 graph is made, printed and propagated on fake tensors without a process group; only running it needs one.
 `partial_grad=True` names the Replicate whose gradient is Partial (ranks do different work with the value),
-the default the one whose gradient is replicated too. Partial means a sum. Shards follow `torch.tensor_split`
+the default the one whose gradient is replicated too. `replicate` leaves a member without a gradient out of its sum,
+on every rank alike; `materialize=True` counts it as zeros, for ranks that do not all use the same members (each has
+to use one, or its backward does not run and the others wait). Partial means a sum. Shards follow `torch.tensor_split`
 (see dsp_auto.shards): uneven and empty ones are normal, nothing is padded. Outputs are contiguous where anything
 was communicated or cut. `ranks == 1` returns x.
 
@@ -56,7 +58,7 @@ class _At(NamedTuple):
         return self._replace(direction="backward")
 
 
-# The ops. Each checks, then runs its forward, under autograd only where somebody wants a gradient.
+# The ops. Each checks, then runs.
 
 
 def _switch(
@@ -69,9 +71,7 @@ def _switch(
     _check_shard(x, gather_dim, gather_size, at)
     if ranks == 1:
         return x
-    if _wants_grad(x):
-        return _Switch.apply(x, gather_dim, gather_size, scatter_dim, at)
-    return _run_switch(x, gather_dim, gather_size, scatter_dim, at)
+    return _apply_switch(x, gather_dim, gather_size, scatter_dim, at)
 
 
 def _split(x: Tensor, dim: int, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
@@ -79,9 +79,7 @@ def _split(x: Tensor, dim: int, ranks: int, rank: int, group: str, partial_grad:
     dim = _dim(x, dim, at)
     if ranks == 1:
         return x
-    if _wants_grad(x):
-        return _Split.apply(x, dim, partial_grad, at)
-    return _run_split(x, dim, at)
+    return _apply_split(x, dim, partial_grad, at)
 
 
 def _gather(x: Tensor, dim: int, size: int, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
@@ -90,9 +88,7 @@ def _gather(x: Tensor, dim: int, size: int, ranks: int, rank: int, group: str, p
     _check_shard(x, dim, size, at)
     if ranks == 1:
         return x
-    if _wants_grad(x):
-        return _Gather.apply(x, dim, size, partial_grad, at)
-    return _run_gather(x, dim, size, at)
+    return _apply_gather(x, dim, size, partial_grad, at)
 
 
 def _reduce(x: Tensor, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
@@ -100,9 +96,7 @@ def _reduce(x: Tensor, ranks: int, rank: int, group: str, partial_grad: bool = F
     _check_summable(x, at)
     if ranks == 1:
         return x
-    if _wants_grad(x):
-        return _Reduce.apply(x, partial_grad, at)
-    return _run_all_reduce(x, at)
+    return _apply_reduce(x, partial_grad, at)
 
 
 def _reduce_scatter(x: Tensor, dim: int, ranks: int, rank: int, group: str) -> Tensor:
@@ -111,17 +105,15 @@ def _reduce_scatter(x: Tensor, dim: int, ranks: int, rank: int, group: str) -> T
     _check_summable(x, at)
     if ranks == 1:
         return x
-    if _wants_grad(x):
-        return _ReduceScatter.apply(x, dim, at)
-    return _run_reduce_scatter(x, dim, at)
+    return _apply_reduce_scatter(x, dim, at)
 
 
-def _replicate(xs: list[Tensor], ranks: int, rank: int, group: str) -> list[Tensor]:
+def _replicate(xs: list[Tensor], ranks: int, rank: int, group: str, materialize: bool = False) -> list[Tensor]:
     at = _site("replicate", ranks, rank, group)
     out = list(xs)
     wanted = [i for i, x in enumerate(xs) if _wants_grad(x)]
     if ranks > 1 and wanted:
-        for i, y in zip(wanted, _Replicate.apply(at, *(xs[i] for i in wanted))):
+        for i, y in zip(wanted, _Replicate.apply(at, materialize, *(xs[i] for i in wanted))):
             out[i] = y
     return out
 
@@ -133,12 +125,42 @@ for _schema, _op in {
     "gather(Tensor x, int dim, int size, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _gather,
     "reduce(Tensor x, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _reduce,
     "reduce_scatter(Tensor x, int dim, int ranks, int rank, str group) -> Tensor": _reduce_scatter,
-    "replicate(Tensor[] xs, int ranks, int rank, str group) -> Tensor[]": _replicate,
+    "replicate(Tensor[] xs, int ranks, int rank, str group, bool materialize=False) -> Tensor[]": _replicate,
 }.items():
     _library.impl(_library.define(_schema), _op, "CompositeImplicitAutograd")
 
 
-# Adjoints. None of them saves a tensor: sizes are all they need.
+# Recorded by autograd only where somebody wants a gradient, in a forward or in a backward.
+
+
+def _apply_switch(x: Tensor, gather_dim: int, gather_size: int, scatter_dim: int, at: _At) -> Tensor:
+    return (
+        _Switch.apply(x, gather_dim, gather_size, scatter_dim, at)
+        if _wants_grad(x)
+        else _run_switch(x, gather_dim, gather_size, scatter_dim, at)
+    )
+
+
+def _apply_split(x: Tensor, dim: int, partial_grad: bool, at: _At) -> Tensor:
+    return _Split.apply(x, dim, partial_grad, at) if _wants_grad(x) else _run_split(x, dim, at)
+
+
+def _apply_gather(x: Tensor, dim: int, size: int, partial_grad: bool, at: _At) -> Tensor:
+    return _Gather.apply(x, dim, size, partial_grad, at) if _wants_grad(x) else _run_gather(x, dim, size, at)
+
+
+def _apply_reduce(x: Tensor, partial_grad: bool, at: _At) -> Tensor:
+    return _Reduce.apply(x, partial_grad, at) if _wants_grad(x) else _run_all_reduce(x, at)
+
+
+def _apply_reduce_scatter(x: Tensor, dim: int, at: _At) -> Tensor:
+    return _ReduceScatter.apply(x, dim, at) if _wants_grad(x) else _run_reduce_scatter(x, dim, at)
+
+
+# Adjoints. None of them saves a tensor: sizes are all they need. Each runs by a primitive again, so gradients of
+# gradients are exact too. The gradient of a Partial is a Replicate that every rank uses in work of its own, so that
+# Replicate's own gradient is Partial: switch <-> switch back, split <-> gather, gather(partial) <-> reduce_scatter,
+# reduce <-> replicate, reduce(partial) <-> itself, split(partial) <-> a slice among zeros.
 
 
 class _Switch(torch.autograd.Function):
@@ -150,7 +172,7 @@ class _Switch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _run_switch(grad, *ctx.back, ctx.at.backward()), None, None, None, None
+        return _apply_switch(grad, *ctx.back, ctx.at.backward()), None, None, None, None
 
 
 class _Split(torch.autograd.Function):
@@ -166,7 +188,7 @@ class _Split(torch.autograd.Function):
             whole = grad.new_zeros(_resized(grad, ctx.dim, ctx.size))
             whole.narrow(ctx.dim, start, length).copy_(grad)
         else:
-            whole = _run_gather(grad, ctx.dim, ctx.size, ctx.at.backward())
+            whole = _apply_gather(grad, ctx.dim, ctx.size, False, ctx.at.backward())
         return whole, None, None, None
 
 
@@ -178,8 +200,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        run = _run_reduce_scatter if ctx.partial_grad else _run_split
-        return run(grad, ctx.dim, ctx.at.backward()), None, None, None, None
+        at = ctx.at.backward()
+        if ctx.partial_grad:
+            mine = _apply_reduce_scatter(grad, ctx.dim, at)
+        else:
+            mine = _apply_split(grad, ctx.dim, False, at)
+        return mine, None, None, None, None
 
 
 class _Reduce(torch.autograd.Function):
@@ -190,7 +216,12 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _run_all_reduce(grad, ctx.at.backward()) if ctx.partial_grad else grad, None, None
+        at = ctx.at.backward()
+        if ctx.partial_grad:
+            grad = _apply_reduce(grad, True, at)
+        elif _wants_grad(grad):
+            (grad,) = _Replicate.apply(at, False, grad)
+        return grad, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -201,20 +232,21 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _run_gather(grad, ctx.dim, ctx.size, ctx.at.backward()), None, None
+        return _apply_gather(grad, ctx.dim, ctx.size, True, ctx.at.backward()), None, None
 
 
 class _Replicate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, at: _At, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, at: _At, materialize: bool, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.at = at
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(materialize)
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        # A member that nobody used gets no gradient, as on one device: zeros would make optimizers decay it. All
-        # ranks run the same ops, so they lack the same members.
+        # A member that nobody used gets no gradient, as on one device: zeros would make optimizers decay it. That holds
+        # where all ranks use the same members. Where their losses may differ, `materialize` makes zeros of what is
+        # missing, so that every rank brings the same elements.
         alike: dict[tuple, list[int]] = defaultdict(list)
         for i, grad in enumerate(grads):
             if grad is not None:
@@ -222,13 +254,14 @@ class _Replicate(torch.autograd.Function):
         at, summed = ctx.at.backward(), list(grads)
         for members in alike.values():
             if len(members) == 1:
-                summed[members[0]] = _run_all_reduce(grads[members[0]], at)
+                summed[members[0]] = _apply_reduce(grads[members[0]], False, at)
                 continue
             flat = torch.cat([grads[i].reshape(-1) for i in members])
-            pieces = _run_all_reduce(flat, at, owned=True).split([grads[i].numel() for i in members])
+            flat = _apply_reduce(flat, False, at) if _wants_grad(flat) else _run_all_reduce(flat, at, owned=True)
+            pieces = flat.split([grads[i].numel() for i in members])
             for i, piece in zip(members, pieces):
                 summed[i] = piece.view(grads[i].shape)
-        return None, *summed
+        return None, None, *summed
 
 
 # What runs.

@@ -8,6 +8,7 @@ The graph is then propagated (see `propagate`), and no gradient of the model may
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import time
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import CaptureError, first_lines
 
-from .check_gradients import check_gradients
+from .check_gradients import check_gradients, unchanged
 from .propagate import Saved, propagate
 
 aten = torch.ops.aten
@@ -64,12 +65,19 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     The model and its tensors may be real, fake or on `meta`; nothing is computed and nothing in it changes. Whether
     gradients are wanted is read off `torch.is_grad_enabled()` and the tensors' `requires_grad`.
 
-    Raises CaptureError where the model does not export, with export's own reason and the submodule it happened in, and
-    where the captured graph would lose or change a gradient that the model has.
+    Raises CaptureError where the arguments are not those of `forward`, where the model does not export, with export's own
+    reason and the submodule it happened in, and where the captured graph would lose or change a gradient that the model
+    has.
     """
-    kwargs = dict(kwargs or {})
+    args, kwargs = tuple(args), dict(kwargs or {})
+    _check_call(model, args, kwargs)
+    fake, args, kwargs = _without_meta(model, args, kwargs)
+    with unchanged(fake):
+        return _capture(fake, args, kwargs)
+
+
+def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
     started = time.perf_counter()
-    fake, args, kwargs = _without_meta(model, tuple(args), kwargs)
     exported = _export(fake, args, kwargs)
     exported_at = time.perf_counter()
     _inline_no_grad(exported.graph_module)
@@ -82,6 +90,7 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     grads = _grad_flags(fake, inputs, args, kwargs, exported)
     training, saved, leaves = propagate(module, grads)
     if any(grads):
+        kwargs = ordered_kwargs(kwargs, exported.call_spec.in_spec)
         check_gradients(fake, args, kwargs, module, [(entry.kind, entry.name) for entry in inputs], leaves)
     return Program(
         module=module,
@@ -95,31 +104,49 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     )
 
 
+def _check_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    if model._forward_pre_hooks:
+        return  # they may give forward other arguments
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return  # nothing that Python can tell
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            asked=f"cannot call {type(model).__name__}.forward{signature} with the arguments given",
+            found=str(error),
+            remedy=f"pass what forward takes; given are {len(args)} by position"
+            + (f" and {', '.join(kwargs)} by name" if kwargs else ""),
+        ) from error
+
+
 def _without_meta(model: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Module, tuple, dict]:
-    """Meta tensors become fake CPU tensors: on `meta` attention takes its math path, whose shapes are not the real ones."""
-    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
-    if not any(isinstance(t, torch.Tensor) and t.is_meta and not isinstance(t, FakeTensor) for t in tensors):
+    """Meta tensors become fake CPU tensors: on `meta` attention takes its math path, whose shapes are not the real ones.
+
+    In a copy of the model. What is one tensor in two places stays one.
+    """
+    held = [*model.parameters(), *model.buffers()]
+    tensors = [t for t in (*held, *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)]
+    if not any(t.is_meta and not isinstance(t, FakeTensor) for t in tensors):
         return model, args, kwargs
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    modes = [t.fake_mode for t in tensors if isinstance(t, FakeTensor)]
+    mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Any] = {}
 
     def to_fake(t: Any) -> Any:
         if not isinstance(t, torch.Tensor) or isinstance(t, FakeTensor):
             return t
-        with mode:
-            made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu" if t.is_meta else t.device)
-        return made.requires_grad_(t.requires_grad) if t.is_leaf else made
+        if id(t) not in made:
+            with mode:
+                fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu" if t.is_meta else t.device)
+            is_parameter = isinstance(t, nn.Parameter)
+            made[id(t)] = nn.Parameter(fake, t.requires_grad) if is_parameter else fake.requires_grad_(t.requires_grad)
+        return made[id(t)]
 
-    model = copy.deepcopy(model) if not any(isinstance(t, FakeTensor) for t in tensors) else model
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                made = memo.get(id(parameter)) or nn.Parameter(to_fake(parameter.data), parameter.requires_grad)
-                memo[id(parameter)] = module._parameters[name] = made
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = to_fake(buffer)
-    return model, *pytree.tree_map(to_fake, (args, kwargs))
+    copied = copy.deepcopy(model, {id(t): to_fake(t) for t in held})
+    return copied, *pytree.tree_map(to_fake, (args, kwargs))
 
 
 def _export(model: nn.Module, args: tuple, kwargs: dict) -> torch.export.ExportedProgram:
@@ -158,7 +185,7 @@ def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
 def _inline_no_grad(module: fx.GraphModule) -> None:
     """A region under `no_grad` becomes its ops and a `detach` of what leaves it."""
     region = torch.ops.higher_order.wrap_with_set_grad_enabled
-    graph = module.graph
+    graph = module.graph = _rebuilt(module.graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not region:
             continue
@@ -191,6 +218,15 @@ def _inline_no_grad(module: fx.GraphModule) -> None:
         graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _rebuilt(graph: fx.Graph) -> fx.Graph:
+    """The same graph, in which every node knows its users: export leaves out those that are dead (torch 2.13)."""
+    new = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = new.graph_copy(graph, copied)
+    new.output(result).meta.update(graph.output_node().meta)
+    return new
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -253,10 +289,10 @@ def _drop_assertions(graph: fx.Graph) -> None:
 
 
 def _grad_flags(model: nn.Module, inputs, args, kwargs, exported) -> list[bool]:
-    """Whether each placeholder of the graph requires grad."""
+    """Whether each placeholder of the graph requires grad, which buffers and constants may do as well."""
     if not torch.is_grad_enabled():
         return [False] * len(inputs)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     leaves = iter(pytree.tree_leaves((args, ordered_kwargs(kwargs, exported.call_spec.in_spec))))
     flags = []
     for entry in inputs:
@@ -264,7 +300,7 @@ def _grad_flags(model: nn.Module, inputs, args, kwargs, exported) -> list[bool]:
             leaf = next(leaves)
             flags.append(isinstance(leaf, torch.Tensor) and leaf.requires_grad)
         else:
-            flags.append(entry.kind == "parameter" and parameters[entry.name].requires_grad)
+            flags.append((entry.value if entry.kind == "constant" else held[entry.name]).requires_grad)
     return flags
 
 

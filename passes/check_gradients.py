@@ -7,6 +7,7 @@ its gradients reach is compared with what the graph's reach.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,38 +38,55 @@ def _graph_leaves(outputs: list[Any]) -> tuple[set[int], set[str]]:
     return leaves, custom
 
 
-# Their backward is the gradient of their forward, so tracing through the forward changes nothing.
-_FAITHFUL_FUNCTIONS = {"CheckpointFunction"}
+_CONTAINERS = (list, dict, OrderedDict, set)  # not what derives from them: it may be frozen
 
 
 @contextmanager
-def _on_fakes(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside, `model` holds fake tensors for its own (yields the parameters by name); after, its own again.
-
-    Not `torch.func.functional_call`: where a module stands at two paths that leaves fake tensors behind (torch 2.13).
-    """
-    swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    fakes: dict[int, torch.Tensor] = {}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: dict[str, torch.Tensor] = {}
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """After it, every module of `model` holds what it held before: tensors, attributes, and its lists and dicts."""
+    before = []
+    for module in model.modules():
+        inside = [(held, held.copy()) for held in vars(module).values() if type(held) in _CONTAINERS]
+        before.append((vars(module), dict(vars(module)), inside))
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            for module in model.modules():
-                for held in (module._parameters, module._buffers):
-                    for name, tensor in held.items():
-                        if tensor is None:
-                            continue
-                        if id(tensor) not in fakes:
-                            made = _like(tensor).requires_grad_(tensor.requires_grad and tensor.is_leaf)
-                            fakes[id(tensor)] = nn.Parameter(made, made.requires_grad) if id(tensor) in names else made
-                        swapped.append((held, name, tensor))
-                        held[name] = fakes[id(tensor)]
-                        if id(tensor) in names:
-                            found[names[id(tensor)]] = fakes[id(tensor)]
-            yield found
+        yield
     finally:
-        for held, name, tensor in swapped:
-            held[name] = tensor
+        for attributes, values, inside in before:
+            _refill(attributes, values)
+            for held, contents in inside:
+                _refill(held, contents)
+
+
+def _refill(held: Any, contents: Any) -> None:
+    held.clear()
+    (held.extend if isinstance(held, list) else held.update)(contents)
+
+
+@contextmanager
+def _on_fakes(model: nn.Module, fakes: dict[int, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside, `model` holds fake tensors for its own (yields those with a name); after, its own again.
+
+    fakes: filled with the fake of every tensor, by id. Not `torch.func.functional_call`: where a module stands at two
+    paths that leaves fake tensors behind (torch 2.13).
+    """
+    names = {id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    with unchanged(model):
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        held[name] = _fake(tensor, fakes)
+        yield {name: fakes[tensor] for tensor, name in names.items()}
+
+
+def _fake(tensor: torch.Tensor, fakes: dict[int, torch.Tensor]) -> torch.Tensor:
+    """One fake tensor for one tensor, wherever it stands."""
+    if id(tensor) not in fakes:
+        made = _like(tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        made = nn.Parameter(made, tensor.requires_grad) if is_parameter else made.requires_grad_(tensor.requires_grad)
+        fakes[id(tensor)] = made
+    return fakes[id(tensor)]
 
 
 def _like(t: torch.Tensor) -> torch.Tensor:
@@ -90,9 +108,11 @@ def check_gradients(
     names = {id(leaf): entry for leaf, entry in zip(leaves, inputs, strict=True)}
     outputs = pytree.tree_leaves([n.meta["val"] for n in module.graph.output_node().args[0] if isinstance(n, fx.Node)])
     reached, _ = _graph_leaves(outputs)
-    kept = {names[leaf][1] for leaf in reached if leaf in names}
-    with _on_fakes(model) as parameters, torch.enable_grad():
-        call = pytree.tree_map_only(torch.Tensor, lambda t: _like(t).requires_grad_(t.requires_grad), (args, kwargs))
+    kept = {(names[leaf][0] == "input", names[leaf][1]) for leaf in reached if leaf in names}
+    fakes: dict[int, torch.Tensor] = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, _on_fakes(model, fakes) as held, torch.enable_grad():
+        call = pytree.tree_map_only(torch.Tensor, lambda t: _fake(t, fakes), (args, kwargs))
         try:
             result = model(*call[0], **call[1])
         except Exception as error:
@@ -102,7 +122,13 @@ def check_gradients(
                 remedy="keep values of tensors out of Python code in forward()",
             ) from error
     model_leaves, custom = _graph_leaves(pytree.tree_leaves(result))
-    custom -= _FAITHFUL_FUNCTIONS
+    if custom == {"CheckpointFunction"}:
+        raise CaptureError(
+            asked="cannot capture the model for training",
+            found="it uses torch.utils.checkpoint with use_reentrant=True, whose forward torch.export takes without gradients",
+            where=_module_of_function(model, {"checkpoint", "checkpoint_sequential"}) or None,
+            remedy="pass use_reentrant=False",
+        )
     if custom:
         raise CaptureError(
             asked="cannot capture the model for training",
@@ -111,13 +137,15 @@ def check_gradients(
             where=_module_of_function(model, custom) or None,
             remedy="make them torch.library.custom_op with register_autograd, or run under torch.no_grad()",
         )
-    lost = [name for name, p in parameters.items() if id(p) in model_leaves and name not in kept]
-    tied = _tied(model)
-    lost = [name for name in lost if not tied.get(name, set()) & kept]
-    flat_in = pytree.tree_leaves((call[0], call[1]))
-    flat_names = [name for kind, name in inputs if kind == "input"]
-    if len(flat_in) == len(flat_names):
-        lost += [n for n, t in zip(flat_names, flat_in, strict=True) if id(t) in model_leaves and n not in kept]
+    flat_in = pytree.tree_leaves(call)
+    flat_names = [(True, name) for kind, name in inputs if kind == "input"]
+    given = list(zip(flat_names, flat_in, strict=True)) if len(flat_in) == len(flat_names) else []
+    own = [((False, name), held[first]) for name, first in _names(model).items()]
+    same: dict[int, list[tuple[bool, str]]] = {}  # per tensor, whether it is an input, and its name
+    for name, tensor in (*own, *given):
+        same.setdefault(id(tensor), []).append(name)
+    # Export takes one of several names for one tensor: its gradient then stands there.
+    lost = [group[0][1] for tensor, group in same.items() if tensor in model_leaves and not kept & set(group)]
     if lost:
         raise CaptureError(
             asked="cannot capture the model for training",
@@ -127,11 +155,11 @@ def check_gradients(
         )
 
 
-def _tied(model: nn.Module) -> dict[str, set[str]]:
-    groups: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), set()).add(name)
-    return {name: group for group in groups.values() for name in group}
+def _names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer, and the first name of the same tensor."""
+    first: dict[int, str] = {}
+    found = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in found}
 
 
 def _module_of_function(model: nn.Module, functions: set[str]) -> str:

@@ -28,7 +28,10 @@ ValueId = tuple[str, int]  # node name, index among the node's results
 
 @dataclass(frozen=True)
 class Value:
-    """One tensor of the graph. `dims` are the factors of each of its dims, major first: `(B T) S C`."""
+    """One tensor of the graph. `dims` are the factors of each of its dims, major first: `(B T) S C`.
+
+    requires_grad: a gradient arrives at it in backward (not so upstream of a `detach`, whatever autograd records there).
+    """
 
     id: ValueId
     dims: tuple[tuple[int, ...], ...]
@@ -244,13 +247,14 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None) -> F
                 dims[value_id] = [[p for name in names for p in axes[name]] for names in rule.outputs[position]]
         calls.append((node, operands, [value_id for value_id, _ in results], rule, axes, opaque))
 
+    arriving = _arriving(program, nodes)
     values = {
         value_id: Value(
             value_id,
             tuple(tuple(pieces.leaves(dim)) for dim in own),
             tuple(nodes[value_id].shape),
             nodes[value_id].dtype,
-            nodes[value_id].requires_grad,
+            value_id in arriving,
         )
         for value_id, own in dims.items()
     }
@@ -262,6 +266,17 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None) -> F
     made = Factors(factors, {}, {}, values, tuple(ops))
     made = replace(made, kinds=_kinds(program, made))
     return replace(made, names=_names(program, made, dim_names or {}))
+
+
+def _arriving(program: Program, tensors: Mapping[ValueId, Any]) -> set[ValueId]:
+    """The values that a gradient reaches, from the outputs backwards."""
+    found: set[ValueId] = set()
+    for node in reversed(program.graph.nodes):
+        if node.op == "output" or (
+            node.op == "call_function" and any((node.name, n) in found for n in range(len(node_values(node))))
+        ):
+            found |= {operand for operand in operand_ids(node) if tensors[operand].requires_grad}
+    return found
 
 
 def _is_getitem(node: fx.Node) -> bool:

@@ -33,7 +33,7 @@ from .factorize import ValueId
 from .layout import Layout
 from .lifetimes import Internal, Kept, Made, Term, Used
 from .problem import Problem
-from .stages import Stage, Use, satisfied, strip
+from .stages import Stage, Use, strip
 
 # Between plans of equal bytes, the one with fewer reshardings, and those between modules rather than inside them; then
 # the one that does less work twice. A resharding weighs this share of the largest tensor, or of a second.
@@ -46,9 +46,11 @@ ByLayout = dict[Layout, Expression]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the solver said. `value` is the objective (or the peak), `choice` the strategy of every stage."""
+    """What the solver said. `value` is the objective (or the peak), `choice` the strategy of every stage; both None where it
+    found none. `optimal`: there is no better one."""
 
     status: str
+    optimal: bool
     value: float | None
     choice: tuple[int, ...] | None
     solver: str
@@ -200,7 +202,8 @@ class Model:
         pairs: dict[tuple[Layout, Layout], Expression] = {}
         for i, a in enumerate(made):
             for j, b in enumerate(wanted):
-                if not satisfied(a, b, use.grad) and self.problem.resharding(use.storage, a, b, use.grad) is None:
+                target = self.problem.target(use, a, b)
+                if target != a and self.problem.resharding(use.storage, a, target, use.grad) is None:
                     continue
                 if len(made) == 1:
                     pairs[a, b] = wanted[b]
@@ -222,31 +225,43 @@ class Model:
         return pairs
 
     def _reshard(self) -> None:
-        """Costs of reshardings: on the pair itself where one use wants it, on y where several share it."""
+        """Costs of reshardings: on the pair itself where one use wants it, on y where several share it. The way back is
+        paid where one of them has a gradient."""
         for group in self.groups:
             storage, count = group.storages[0], len(group.storages)
-            wants: dict[tuple[Layout, Layout, bool], dict[tuple, Expression]] = {}
+            # For every resharding, the distinct expressions of all uses that want it, and of those with a gradient.
+            wants: dict[tuple[Layout, Layout], tuple[dict[tuple, Expression], dict[tuple, Expression]]] = {}
             for key, uses in group.uses.items():
-                grad = uses[0].grad
                 for (a, b), expression in self._flow(group, key).items():
-                    if not satisfied(a, b, grad):
-                        a, b = (a, b) if grad else (strip(a), strip(b))
-                        wants.setdefault((a, b, grad), {})[tuple(sorted(expression.items()))] = expression
+                    target = self.problem.target(uses[0], a, b)
+                    if target != a:
+                        everyone, with_grad = wants.setdefault((a, target), ({}, {}))
+                        name = tuple(sorted(expression.items()))
+                        everyone[name] = expression
+                        if uses[0].grad:
+                            with_grad[name] = expression
             depth = min((self._shared_depth(use) for uses in group.uses.values() for use in uses), default=0)
-            for position, ((a, b, grad), distinct) in enumerate(wants.items()):
-                resharding = self.problem.resharding(storage, a, b, grad)
-                if not resharding.steps:
-                    continue
-                weight = self.problem.weight(resharding.cost) + len(resharding.steps) * self._tie * (1 + depth / 100)
-                if len(distinct) == 1:
-                    self._add(self.objective, next(iter(distinct.values())), weight * count)
+            for position, ((a, b), (everyone, with_grad)) in enumerate(wants.items()):
+                resharding = self.problem.resharding(storage, a, b, False)
+                there = self.problem.weight(resharding.cost) + len(resharding.steps) * self._tie * (1 + depth / 100)
+                both = self.problem.weight(self.problem.resharding(storage, a, b, True).cost)
+                back = both - self.problem.weight(resharding.cost) if with_grad else 0.0
+                if everyone.keys() == with_grad.keys():
+                    self._charge(f"y{group.number}_{position}", everyone, (there + back) * count)
                 else:
-                    y = self._variable(f"y{group.number}_{position}")
-                    self._add(self.objective, {y: 1.0}, weight * count)
-                    for expression in distinct.values():
-                        row = {y: 1.0}
-                        self._add(row, expression, -1.0)
-                        self._row(row, ">=", 0.0)
+                    self._charge(f"y{group.number}_{position}", everyone, there * count)
+                    self._charge(f"w{group.number}_{position}", with_grad, back * count)
+
+    def _charge(self, name: str, distinct: Mapping[tuple, Expression], weight: float) -> None:
+        """`weight` once, if any of the expressions is 1."""
+        if len(distinct) == 1:
+            self._add(self.objective, next(iter(distinct.values())), weight)
+        elif distinct and weight:
+            self._add(self.objective, {self._variable(name): weight})
+            for expression in distinct.values():
+                row = {name: 1.0}
+                self._add(row, expression, -1.0)
+                self._row(row, ">=", 0.0)
 
     def _shared_depth(self, use: Use) -> int:
         """How deep in the module tree the maker and the user still stand in one module."""
@@ -277,7 +292,7 @@ class Model:
             if key not in self._terms and term.only_resharded:
                 expressions, sizes = {}, {}
                 for (a, b), expression in self._flow(group, self._use_key(use)).items():
-                    if not satisfied(a, b, use.grad):
+                    if self.problem.target(use, a, b) != a:
                         self._add(expressions.setdefault(b, {}), expression)
                         sizes[b] = float(self.problem.nbytes(use.storage, b))
                 # A pair is no one-hot: a mean over some copies says nothing, so a part of them does not count.
@@ -422,7 +437,7 @@ class Model:
             program.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintLE, rhs=rhs))
         solver, label = make_solver(time_limit, integer)
         program.solve(solver)
-        found = program.status == pulp.LpStatusOptimal
+        found = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
         choice = None
         if found:
             picked = {
@@ -432,6 +447,7 @@ class Model:
             choice = tuple(picked[self.same[stage.index]] for stage in self.graph.stages)
         return Answer(
             pulp.LpStatus[program.status],
+            program.sol_status == pulp.LpSolutionOptimal,
             pulp.value(program.objective) * unit if found else None,
             choice,
             label,

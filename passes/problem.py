@@ -16,14 +16,14 @@ from .capture import Program
 from .factorize import ValueId
 from .layout import Layout, Replicate, Shard, Step, steps
 from .lifetimes import Internal, Made, Point, Term, Used, lifetimes
-from .stages import StageGraph, satisfied, strip
+from .stages import StageGraph, Use, strip
 
 OBJECTIVES = ("volume", "time")
 
 
 @dataclass(frozen=True)
 class Resharding:
-    """One storage turned from the layout it is made in into one that `grad`-carrying (or not) uses want."""
+    """One storage turned from the layout it is made in into one that uses want; `grad`: a gradient comes back from one."""
 
     storage: ValueId
     source: Layout
@@ -60,12 +60,17 @@ class Problem:
         self._reshardings: dict[tuple, Resharding | None] = {}
         self._bytes: dict[tuple, int] = {}
 
+    def target(self, use: Use, source: Layout, wanted: Layout) -> Layout:
+        """The layout that a use of a storage made in `source` gets. Where no gradient flows back, it does not matter which
+        kind of Replicate it is: what is Replicate stays so."""
+        if use.grad:
+            return wanted
+        return tuple(a if isinstance(b, Replicate) and isinstance(a, Replicate) else b for a, b in zip(source, wanted))
+
     def resharding(self, storage: ValueId, source: Layout, target: Layout, grad: bool) -> Resharding | None:
-        """How `storage` gets from `source` to `target`, None where no primitives lead there."""
+        """How `storage` gets from `source` to `target`, None where no primitives lead there. `grad`: a gradient returns."""
         key = (storage, source, target, grad)
         if key not in self._reshardings:
-            if not grad:
-                source, target = strip(source), strip(target)
             way = steps(source, target)
             costs = () if way is None else tuple(self._step_cost(storage, step, grad) for step in way)
             self._reshardings[key] = None if way is None else Resharding(storage, source, target, grad, way, costs)
@@ -118,13 +123,14 @@ class Problem:
         for storage, uses in self.graph.uses.items():
             source = self.made(storage, choice)
             for use in uses:
-                target = use.wanted[choice[use.stage]]
-                if satisfied(source, target, use.grad):
+                target = self.target(use, source, use.wanted[choice[use.stage]])
+                if target == source:
                     continue
-                resharding = self.resharding(storage, source, target, use.grad)
+                shared = found.get((storage, target))
+                resharding = self.resharding(storage, source, target, use.grad or (shared is not None and shared.grad))
                 if resharding is None:
                     return None
-                found[storage, resharding.target, use.grad] = resharding
+                found[storage, target] = resharding
         return list(found.values())
 
     def cost(self, choice: Sequence[int]) -> float | None:
@@ -144,7 +150,8 @@ class Problem:
             return self.nbytes(term.storage, self.made(term.storage, choice))
         if isinstance(term, Used):
             wanted = term.use.wanted[choice[term.use.stage]]
-            if term.only_resharded and satisfied(self.made(term.use.storage, choice), wanted, term.use.grad):
+            source = self.made(term.use.storage, choice)
+            if term.only_resharded and self.target(term.use, source, wanted) == source:
                 return 0
             return self.nbytes(term.use.storage, wanted)
         layouts = {strip(use.wanted[choice[use.stage]]) for use in term.by_uses}

@@ -26,7 +26,7 @@ from .factorize import Op, ValueId, is_tensor, value_id
 from .layout import Layout, Replicate, Shard, Step
 from .notation import Local
 from .problem import Problem
-from .stages import Stage, StageGraph, Use, satisfied
+from .stages import Stage, StageGraph, Use
 
 aten, dsp = torch.ops.aten, torch.ops.dsp
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -64,6 +64,8 @@ class _Writer:
         self.interned: dict[tuple, torch.Tensor] = {}
         self.results: dict[tuple, Any] = {}
         self.meta: dict[str, Any] = {}
+        # Where an output leaves cut, each rank has a loss of its own, which may use other parameters than another's.
+        self.losses_differ = any(isinstance(p, Shard) for use in self.graph.stages[-1].uses for p in use.wanted[0])
 
     def write(self) -> fx.Graph:
         stages = {stage.op.name: stage for stage in self.graph.stages if stage.op is not None}
@@ -204,15 +206,13 @@ class _Writer:
 
     def operand(self, value: ValueId, use: Use) -> fx.Node:
         """`value` in the layout that `use` wants, resharded and viewed as needed."""
-        wanted = use.wanted[self.choice[use.stage]]
-        source = self.problem.made(use.storage, self.choice)
-        if satisfied(source, wanted, use.grad):
-            return self._view(value, source)
-        current = source
-        for step in self.problem.resharding(use.storage, source, wanted, use.grad).steps:
-            if (use.storage, step.after) not in self.copies:
-                self._step(use.storage, current, step)
-            current = step.after
+        source = current = self.problem.made(use.storage, self.choice)
+        target = self.problem.target(use, source, use.wanted[self.choice[use.stage]])
+        if target != source:
+            for step in self.problem.resharding(use.storage, source, target, use.grad).steps:
+                if (use.storage, step.after) not in self.copies:
+                    self._step(use.storage, current, step)
+                current = step.after
         return self._view(value, current)
 
     def _step(self, storage: ValueId, current: Layout, step: Step) -> None:
@@ -225,7 +225,7 @@ class _Writer:
         meta, self.meta = self.meta, {}
         nodes = [self.copies[storage, step.before] for storage in bucket.storages]
         m = step.mesh_dim
-        arguments = (nodes, self.graph.mesh.sizes[m], self.coordinate[m], self.groups[m])
+        arguments = (nodes, self.graph.mesh.sizes[m], self.coordinate[m], self.groups[m], self.losses_differ)
         result = self.out.call_function(dsp.replicate.default, arguments)
         result.meta["val"] = [node.meta["val"] for node in nodes]  # the identity
         for number, storage in enumerate(bucket.storages):
@@ -254,7 +254,7 @@ class _Writer:
         elif step.primitive == "reduce_scatter":
             new = self.emit(dsp.reduce_scatter.default, node, dim_of[target.place], *where)
         else:
-            values = self.emit(dsp.replicate.default, [node], *where)
+            values = self.emit(dsp.replicate.default, [node], *where, self.losses_differ)
             new = self.out.call_function(operator.getitem, (values, 0))
             new.meta.update(self.meta, val=values.meta["val"][0])
         if split_dims is not None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dsp_auto.errors import InfeasibleError
+from dsp_auto.errors import InfeasibleError, StrategyError
 
 from .fold import fold
 from .lifetimes import Point
@@ -68,12 +68,14 @@ def solve(
     if capacity is None:
         capacity = int(_least_peak(problem, model, rows, time_limit)[0] * (1 + SLACK))
     answer = model.solve(rows, capacity, time_limit=time_limit)
-    bound = _cost(problem, answer)
+    bound = _cost(problem, answer) if answer.optimal else _relaxed(model, rows, capacity, time_limit)
     if same != apart:
         bound = _lower_bound(problem, same, answer, capacity, time_limit)
         if answer.choice is None or _distance(_cost(problem, answer), bound) > gap:
             answer, bound = _solve_apart(problem, apart, answer, bound, set(rows), capacity, time_limit)
     if answer.choice is None:
+        if answer.status != "Infeasible":
+            raise _out_of_time(time_limit)
         raise _infeasible(problem, model, rows, capacity, time_limit)
     objective = problem.cost(answer.choice)
     peak, where = problem.peak(answer.choice)
@@ -81,7 +83,7 @@ def solve(
         choice=answer.choice,
         objective=objective,
         # The solver's tolerance and the tie-breaker are no gap.
-        bound=objective if _distance(objective, bound) < 1e-6 else bound,
+        bound=objective if bound is not None and _distance(objective, bound) < 1e-6 else bound or 0.0,
         status=answer.status,
         solver=answer.solver,
         variables=answer.variables,
@@ -106,7 +108,20 @@ def _distance(objective: float | None, bound: float | None) -> float:
 
 def _least_peak(problem: Problem, model: Model, rows, time_limit: float) -> tuple[int, tuple[int, ...]]:
     answer = model.solve(rows, None, time_limit=time_limit)
+    if answer.choice is None:
+        raise _out_of_time(time_limit)
     return problem.peak(answer.choice)[0], answer.choice
+
+
+def _out_of_time(time_limit: float) -> StrategyError:
+    return StrategyError(
+        asked=f"time_limit={time_limit:g}", found="the solver found no plan in so many seconds", remedy="give it more"
+    )
+
+
+def _relaxed(model: Model, rows, capacity: int, time_limit: float) -> float | None:
+    """A lower bound where the solver ran out of time: the problem without integrality."""
+    return model.solve(rows, capacity, integer=False, time_limit=time_limit).value
 
 
 def _lower_bound(
@@ -137,8 +152,7 @@ def _solve_apart(
         if exceeded <= points:
             if folded.choice is not None and problem.cost(folded.choice) <= problem.cost(answer.choice):
                 answer = replace(folded, variables=answer.variables, constraints=answer.constraints)
-            in_time = time.perf_counter() < deadline
-            return answer, problem.cost(answer.choice) if in_time else bound
+            return answer, problem.cost(answer.choice) if answer.optimal else bound
         points = points | exceeded
     return folded, bound
 

@@ -218,10 +218,6 @@ def _key(op: Op, factors: Factors, shardable: tuple[frozenset[int], ...]) -> tup
     )
 
 
-def satisfied(made: Layout, wanted: Layout, grad: bool) -> bool:
-    """Whether a use takes the layout as it is; without a gradient the two kinds of Replicate are one."""
-    return made == wanted or (not grad and strip(made) == strip(wanted))
-
-
 def strip(layout: Layout) -> Layout:
+    """The layout with one kind of Replicate."""
     return tuple(without_gradient(placement) for placement in layout)

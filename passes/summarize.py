@@ -16,7 +16,7 @@ from .layout import R, show_placement
 from .notation import OpRule
 from .problem import Problem, Resharding
 from .solve import Solution
-from .stages import OP, OUTPUT, Stage, satisfied
+from .stages import OP, OUTPUT, Stage
 
 
 def summarize(
@@ -106,7 +106,8 @@ def _groups(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
             maker = graph.stages[graph.storages[use.storage].maker]
             if maker.kind != OP:
                 continue
-            as_made = satisfied(problem.made(use.storage, choice), use.wanted[choice[user.index]], use.grad)
+            made = problem.made(use.storage, choice)
+            as_made = problem.target(use, made, use.wanted[choice[user.index]]) == made
             before = reshardings_before[maker.index] + (not as_made)
             reshardings_before[user.index] = max(reshardings_before[user.index], before)
             first, second = (stage.strategies[choice[stage.index]].factors for stage in (maker, user))
@@ -119,14 +120,11 @@ def _groups(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
 
 
 def _users(problem: Problem, choice: Sequence[int], resharding: Resharding) -> list[int]:
-    source = problem.made(resharding.storage, choice)
-    found = []
-    for use in problem.graph.uses[resharding.storage]:
-        wanted = use.wanted[choice[use.stage]]
-        if use.grad == resharding.grad and not satisfied(source, wanted, use.grad):
-            if satisfied(resharding.target, wanted, use.grad):
-                found.append(use.stage)
-    return found
+    return [
+        use.stage
+        for use in problem.graph.uses[resharding.storage]
+        if problem.target(use, resharding.source, use.wanted[choice[use.stage]]) == resharding.target
+    ]
 
 
 def _name(group: Sequence[Stage]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import dsp_auto
 from dsp_auto.measure import CountCollectives
@@ -131,7 +134,7 @@ def _local_program(rank, ranks):
         return result
 
     interpreter.run_node = run_node
-    values = [a if not isinstance(a, tuple) else a[0][a[1]] for a in parallel._latest.sources]
+    values = [a if not isinstance(a, tuple) else a[0][a[1]] for a in parallel._dsp.latest.sources]
     values = [args[0] if value is None else value for value in values]
     interpreter.run(*values)
     for node in parallel.program.graph.nodes:
@@ -282,6 +285,167 @@ def _unused_parameters(rank, ranks):
     return sorted(name for name, grad in own.items() if grad is None)
 
 
+class Product(Axial):
+    def forward(self, x, y):
+        return super().forward(x)["x"] * y
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x).softmax(1)).softmax(2)
+
+
+def _aliases(rank, ranks):
+    torch.manual_seed(0)
+    model, x = Product(), torch.randn(2, 6, 5, 8, requires_grad=True)
+    z = torch.randn(2, 6, 5, 8, generator=torch.Generator().manual_seed(3))
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    for args in ((x, x), (x, z)):
+        assert deviation(parallel(*args), model(*args)) <= OUTPUT_TOLERANCE
+    tied = Tied()
+    parallel = dsp_auto.parallelize(tied, sp_mesh(ranks))
+    parallel(x)
+    tied.b.weight = nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(4)))
+    assert deviation(parallel(x), tied(x)) <= OUTPUT_TOLERANCE
+    return len(parallel.plans)
+
+
+class GradAndNoGrad(nn.Module):
+    """One tensor is used with a gradient and, as a mask, without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x):
+        scores = (self.weight * 1.0).softmax(0)
+        return (torch.where(scores > 0.01, x, 0.1 * x) * scores).softmax(1)
+
+
+def build_grad_and_no_grad():
+    torch.manual_seed(0)
+    return GradAndNoGrad(), (torch.randn(2, 4, 64, 64),), {}
+
+
+def _copies_and_pickles(rank, ranks):
+    model, x = axial()
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    parallel(x)
+    twin = copy.deepcopy(parallel)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(2)
+    assert deviation(parallel(x)["x"], model(x)["x"]) <= OUTPUT_TOLERANCE
+    changed = copy.deepcopy(model)
+    changed.load_state_dict(twin.state_dict())
+    assert deviation(twin(x)["x"], changed(x)["x"]) <= OUTPUT_TOLERANCE
+    with pytest.raises(dsp_auto.DspError, match="state_dict"):
+        pickle.dumps(parallel)
+    return True
+
+
+class Changing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = nn.Linear(8, 8), 1.0
+        self.register_buffer("mask", None)
+        self.register_buffer("mesh", torch.ones(8))
+        self.options = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.options(self.inner(x).softmax(1) * self.mesh).softmax(2) * self.scale
+        return x if self.mask is None else x * self.mask
+
+    def get_extra_state(self):
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state):
+        self.scale = state["scale"]
+
+
+def _changes_after_the_first_call(rank, ranks):
+    torch.manual_seed(0)
+    model, x = Changing(), torch.randn(2, 6, 5, 8)
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+
+    def same():
+        return deviation(parallel(x), model(x)) <= OUTPUT_TOLERANCE
+
+    assert same() and parallel.options is model._modules["options"]
+    model.mask = torch.full((8,), 2.0)
+    assert same()
+    handle = model.inner.register_forward_hook(lambda module, args, out: out * 3)
+    assert same()
+    handle.remove()
+    assert same()
+    parallel.scale = 5.0
+    assert model.scale == 5.0
+    parallel.replan()
+    assert same()
+    assert list(parallel.state_dict()) == list(model.state_dict()) and "_extra_state" in parallel.state_dict()
+    parallel.load_state_dict(model.state_dict())
+    return True
+
+
+def _random_state_drifts(rank, ranks):
+    torch.manual_seed(0)
+    model, x = WithDropout(), torch.randn(2, 6, 5, 8)
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    parallel(x)
+    if rank == 1:
+        torch.rand(3)
+    with pytest.raises(dsp_auto.AgreementError, match="manual_seed"):
+        parallel(x)
+    return True
+
+
+def _groups_on_some_ranks_only(rank, ranks):
+    DeviceMesh("cpu", [0], mesh_dim_names=("other",))
+    model, x = axial()
+    assert deviation(dsp_auto.parallelize(model, sp_mesh(ranks))(x)["x"], model(x)["x"]) <= OUTPUT_TOLERANCE
+    if rank == 1:
+        with pytest.raises(dsp_auto.MeshError, match="rank 1"):
+            dsp_auto.parallelize(model, DeviceMesh("cpu", [0], mesh_dim_names=("other",), _init_backend=False))
+    return True
+
+
+def _the_worlds_store(rank, ranks):
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = dist.PrefixStore("test", _get_default_store())
+    store.set(f"rank{rank}", str(rank))
+    return [int(store.get(f"rank{other}")) for other in range(ranks)]
+
+
+def _parts_of_other_ranks_differ(rank, ranks):
+    model, _, _ = transformer_2d(**SMALL)
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks), in_layouts={"video": {"sp": 1}})
+    with pytest.raises(dsp_auto.LayoutError, match="parts of one tensor"):
+        parallel(torch.randn(*((1, 3, 6, 4) if rank == 0 else (3, 6, 4))))
+    return True
+
+
+def _losses_that_differ(rank, ranks):
+    torch.manual_seed(0)
+    model, x = TwoHeads(), torch.randn(2, 6, 6, 8)
+    first, second = model(x)
+    (first.tensor_split(ranks, 1)[0].sum() + second.tensor_split(ranks, 1)[1].square().sum()).backward()
+    reference = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks), out_layouts=[{"sp": 1}, {"sp": 1}])
+    first, second = parallel(x)
+    (first.sum() if rank == 0 else second.square().sum()).backward()
+    for name, parameter in model.named_parameters():
+        if reference[name] is not None:
+            assert deviation(parameter.grad, reference[name], 1e-3) <= GRADIENT_TOLERANCE, name
+    return True
+
+
 def _training(rank, ranks, steps):
     losses = []
     for parallelized in (False, True):
@@ -356,6 +520,45 @@ def test_dropout_draws_what_one_device_draws_and_ranks_with_different_seeds_are_
 
 def test_parameters_that_the_loss_does_not_use_get_no_gradient(world):
     assert world(2).run(_unused_parameters)[0] == ["spare.bias", "spare.weight", "two.bias", "two.weight"]
+
+
+def test_tensors_that_are_one_tensor_are_told_from_tensors_that_are_two(world):
+    assert world(2).run(_aliases) == [2, 2]
+
+
+def test_a_tensor_used_with_and_without_a_gradient_gets_its_whole_gradient_once(world):
+    for result in world(2).run(compare, build_grad_and_no_grad, {}):
+        assert result["gradient"] <= GRADIENT_TOLERANCE, result["worst"]
+        predicted, measured = result["plan"]["communication"]["by_primitive"], result["measured"]
+        assert measured["gather forward"][1] == predicted["gather"]["forward_bytes"]
+
+
+def test_a_deep_copy_runs_its_own_weights_and_pickling_says_what_to_save(world):
+    assert all(world(2).run(_copies_and_pickles))
+
+
+def test_what_changes_in_the_model_after_the_first_call_changes_in_the_parallel_module(world):
+    assert all(world(2).run(_changes_after_the_first_call))
+
+
+def test_random_states_that_drift_apart_are_told(world):
+    assert all(world(2).run(_random_state_drifts))
+
+
+def test_groups_that_only_some_ranks_made_hang_nothing(world):
+    assert all(world(2).run(_groups_on_some_ranks_only))
+
+
+def test_the_worlds_store_can_be_had(world):
+    assert world(2).run(_the_worlds_store) == [[0, 1]] * 2
+
+
+def test_parts_of_different_ranks_of_dims_are_refused_on_every_rank(world):
+    assert all(world(2).run(_parts_of_other_ranks_differ))
+
+
+def test_ranks_whose_losses_use_different_outputs_still_sum_the_right_gradients(world):
+    assert all(world(2).run(_losses_that_differ))
 
 
 def test_training_on_ranks_loses_what_training_on_one_device_loses(world):

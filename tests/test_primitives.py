@@ -242,6 +242,84 @@ def test_replicate_on_parameters_gives_the_gradients_of_one_device(world):
     world(3).run(_check_replicate_of_parameter)
 
 
+def _check_replicate_of_different_losses(rank, ranks):
+    xs = [torch.full((2, r + 1), 2.0, requires_grad=True) for r in range(ranks + 1)]
+    ys = dsp.replicate(xs, ranks, rank, _group(), True)
+    with CountCollectives() as c:
+        (ys[rank].sum() * (rank + 1)).backward()  # every rank uses another member, and nobody the last
+    assert c.counts == {"all_reduce": 1}
+    for r, x in enumerate(xs):
+        assert torch.equal(x.grad, torch.full_like(x, r + 1 if r < ranks else 0))
+
+
+def test_replicate_with_materialize_sums_losses_that_differ_among_ranks(world):
+    world(3).run(_check_replicate_of_different_losses)
+
+
+# gradients of gradients
+
+
+def _second_order(x, weight, compute):
+    """Gradient of sum(weight * g * g), where g is the gradient of the sum of all cubes."""
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(sum(y.pow(3).sum() for y in compute(x)), x, create_graph=True)
+    (weight * grad * grad).sum().backward()
+    return x.grad
+
+
+def _check_double_backward(rank, ranks, size):
+    at = (ranks, rank, _group())
+    x, v = _whole((2, size, 3)).double(), _whole((2, size, 3), seed=1).double()
+    scales = [_whole((2, size, 3), seed=5 + r).double() for r in range(ranks)]
+
+    def mine(t):
+        return _shard(t, 1, *at[:2])
+
+    plain, scaled = _second_order(x, v, lambda x: [x]), _second_order(x, v, lambda x: [x * s for s in scales])
+    for name, result, want in [
+        ("switch", _second_order(mine(x), mine(v), lambda x: [dsp.switch(x, 1, size, 2, *at)]), mine(plain)),
+        ("split", _second_order(x, v, lambda x: [dsp.gather(dsp.split(x, 1, *at), 1, size, *at)]), plain),
+        ("gather", _second_order(mine(x), mine(v), lambda x: [dsp.gather(x, 1, size, *at)]), mine(plain)),
+        (
+            "gather, partial",
+            _second_order(mine(x), mine(v), lambda x: [dsp.gather(x, 1, size, *at, True) * scales[rank]]),
+            mine(scaled),
+        ),
+        ("replicate", _second_order(x, v, lambda x: [dsp.replicate([x, x], *at)[0] * scales[rank]]), scaled),
+        ("replicate of one", _second_order(x, v, lambda x: [dsp.replicate([x], *at)[0] * scales[rank]]), scaled),
+        (
+            "split, partial",  # each rank's slice is used by that rank alone
+            _second_order(x, v, lambda x: [dsp.split(dsp.replicate([x], *at)[0], 1, *at, True)]),
+            plain,
+        ),
+        (
+            "reduce",
+            _second_order(x, v, lambda x: [dsp.reduce(dsp.replicate([x], *at)[0] * scales[rank], *at)]),
+            _second_order(x, v, lambda x: [sum(x * s for s in scales)]),
+        ),
+        (
+            "reduce, partial",
+            _second_order(
+                x,
+                v,
+                lambda x: [dsp.reduce(dsp.replicate([x], *at)[0] * scales[rank], *at, True) * scales[rank]],
+            ),
+            _second_order(x, v, lambda x: [sum(x * s for s in scales) * t for t in scales]),
+        ),
+        (
+            "reduce_scatter",
+            _second_order(x, v, lambda x: [dsp.reduce_scatter(dsp.replicate([x], *at)[0] * scales[rank], 1, *at)]),
+            _second_order(x, v, lambda x: [sum(x * s for s in scales)]),
+        ),
+    ]:
+        assert torch.equal(result, want), (name, (result - want).abs().max())
+
+
+@pytest.mark.parametrize("ranks, size", [(2, 4), (2, 5), (3, 4)])
+def test_gradients_of_gradients_are_those_of_one_process(world, ranks, size):
+    world(ranks).run(_check_double_backward, size)
+
+
 # wire bytes
 
 
@@ -376,7 +454,7 @@ def test_a_captured_graph_keeps_and_prints_the_primitive():
 
 def _all_primitives(x, scale, ranks, rank, group):
     """x [B, T/N, S] -> [B, T, S/N]; passes through every primitive, uneven or not."""
-    (scale,) = dsp.replicate([scale], ranks, rank, group)
+    (scale,) = dsp.replicate([scale], ranks, rank, group, True)
     y = dsp.switch(x * scale, 1, 7, 2, ranks, rank, group).sin()
     y = dsp.gather(y, 2, 6, ranks, rank, group, True)
     y = dsp.reduce(y.cos(), ranks, rank, group, True)
