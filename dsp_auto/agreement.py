@@ -57,29 +57,40 @@ class Agreement:
 
         describe: what a person can compare, asked for only then.
         """
-        if self.size == 1:
-            return
-        own = torch.tensor([int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")])
-        if all(torch.equal(other, own) for other in self._gather_tensors(own)):
-            return
-        # Whoever compares like this sees a difference on every rank, so all of them come here.
-        told = self.gather(describe())
-        raise AgreementError(asked=asked, found=_differences(told), remedy=remedy)
+        self.begin_check(key, describe, asked, remedy)()
 
-    def _gather_tensors(self, own: torch.Tensor) -> list[torch.Tensor]:
+    def begin_check(self, key: str, describe: Callable[[], Any], asked: str, remedy: str) -> Callable[[], None]:
+        """`check`, begun now and done by calling the result: in between the ranks need not wait for each other."""
+        if self.size == 1:
+            return lambda: None
+        own = torch.tensor([int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")])
+        found, work = self._gather_tensors(own)
+
+        def finish() -> None:
+            work.wait()
+            if all(torch.equal(other, own) for other in found):
+                return
+            # Whoever compares like this sees a difference on every rank, so all of them come here.
+            told = self.gather(describe())
+            raise AgreementError(asked=asked, found=_differences(told), remedy=remedy)
+
+        return finish
+
+    def _gather_tensors(self, own: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
         found = [torch.empty_like(own) for _ in range(self.size)]
-        _gloo_group(self.ranks, self.rank).allgather([found], [own]).wait()
-        return found
+        return found, _gloo_group(self.ranks, self.rank).allgather([found], [own])
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
         if self.size == 1:
             return [value]
         own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = [int(size) for size in self._gather_tensors(torch.tensor([own.numel()]))]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        sizes, work = self._gather_tensors(torch.tensor([own.numel()]))
+        work.wait()
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
         padded[: own.numel()] = own
-        found = self._gather_tensors(padded)
+        found, work = self._gather_tensors(padded)
+        work.wait()
         return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(found, sizes)]
 
     def from_first(self, make: Callable[[], Any]) -> Any:

@@ -23,6 +23,7 @@ from .mesh import as_mesh
 from .passes.capture import Program, capture, ordered_kwargs
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
+from .primitives import before_first_collective
 from .signature import as_text, describe, named_inputs, signature, whole_shape
 
 
@@ -177,15 +178,18 @@ class ParallelModule(nn.Module):
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for these arguments without running them."""
-        return self._find(args, kwargs)[0].plan
+        prepared, _, finish = self._find(args, kwargs)
+        finish()
+        return prepared.plan
 
     def replan(self) -> None:
         """Forget all plans: the next call captures the model as it is then. To be called on every rank."""
         self._dsp.kept.clear()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        prepared, leaves = self._find(args, kwargs)
+        prepared, leaves, finish = self._find(args, kwargs)
         if prepared.draws:
+            finish()
             self._check_random()
         inputs = iter(leaves)
         values = [
@@ -193,10 +197,16 @@ class ParallelModule(nn.Module):
             for source in prepared.sources
         ]
         program = prepared.program
-        if program.mutated:
-            results = self._run_and_write_back(prepared, values)
-        else:
-            results = prepared.run(*values)
+        # The ranks' agreement is on its way while they compute, and must be there before they communicate.
+        agreed = before_first_collective(finish)
+        try:
+            if program.mutated:
+                agreed()
+                results = self._run_and_write_back(prepared, values)
+            else:
+                results = prepared.run(*values)
+        finally:
+            agreed()
         return pytree.tree_unflatten(list(results[len(program.mutated) :]), program.out_spec)
 
     def _run_and_write_back(self, prepared: _Prepared, values: list[Any]) -> tuple:
@@ -210,28 +220,31 @@ class ParallelModule(nn.Module):
                 values[n].copy_(result)
         return results
 
-    def _find(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Prepared, list[Any]]:
-        """The program for these arguments, made if need be, and the arguments in its order."""
+    def _find(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Prepared, list[Any], Callable[[], None]]:
+        """The program for these arguments, made if need be; the arguments in its order; and what finishes the check that
+        all ranks were called alike, to be called before anything is communicated."""
         state = self._dsp
         kwargs = dict(sorted(kwargs.items()))
         shapes = self._global_shapes(args, kwargs) if state.options.in_layouts else {}
         read, identity = signature(state.model, args, kwargs, shapes)
         key = (read, identity)
         prepared = state.kept.get(key)
-        state.agreement.check(
+        finish = state.agreement.begin_check(
             "new " + as_text(read) if prepared is None else prepared.signature,
             lambda: describe(args, kwargs, self.training),
             asked="the ranks were called with different arguments",
             remedy="every rank must pass the same inputs (same shapes, dtypes, modes and non-tensor arguments)",
         )
         if prepared is None:
+            finish()
+            finish = _nothing
             prepared = self._prepare(args, kwargs, shapes, as_text(read))
             state.kept[key] = prepared
             if len(state.kept) > state.max_signatures:
                 state.kept.popitem(last=False)
         state.kept.move_to_end(key)
         state.latest = prepared
-        return prepared, pytree.tree_leaves((args, ordered_kwargs(kwargs, prepared.program.in_spec)))
+        return prepared, pytree.tree_leaves((args, ordered_kwargs(kwargs, prepared.program.in_spec))), finish
 
     def _prepare(
         self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], text: str
@@ -300,6 +313,10 @@ class ParallelModule(nn.Module):
                 )
             found[id(named[name])] = whole_shape(name, spec, parts, mesh, state.agreement.rank)
         return found
+
+
+def _nothing() -> None:
+    pass
 
 
 def _draws(ready: Prepared) -> bool:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -323,7 +324,24 @@ def _all_to_all(flat: Tensor, receives: list[int], sends: list[int], at: _At) ->
     return _as_was(received, flat.dtype)
 
 
+_before_first: list[Callable[[], None]] = []
+
+
+def before_first_collective(check: Callable[[], None]) -> Callable[[], None]:
+    """Runs `check` once, before the next collective of a primitive; call the result to run it by then at the latest."""
+
+    def run() -> None:
+        if run in _before_first:
+            _before_first.remove(run)
+            check()
+
+    _before_first.append(run)
+    return run
+
+
 def _communicate(op: Any, at: _At, *args: Any) -> Tensor:
+    while _before_first:
+        _before_first[0]()
     if not measure.counting():
         return _c10d.wait_tensor(op(*args))
     with measure.label(at.primitive, at.direction, at.ranks, at.rank):
