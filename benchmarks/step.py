@@ -169,7 +169,7 @@ def run(rank: int, ranks: int, sizes: dict[str, Any], pairs: int, folder: str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 1])
     parser.add_argument("-a", dest="sizes", nargs="+", default=[], metavar="NAME=NUMBER", help=f"instead of {SIZES}")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
