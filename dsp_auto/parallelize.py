@@ -188,9 +188,6 @@ class ParallelModule(nn.Module):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         prepared, leaves, finish = self._find(args, kwargs)
-        if prepared.draws:
-            finish()
-            self._check_random()
         inputs = iter(leaves)
         values = [
             next(inputs) if source is None else source if isinstance(source, torch.Tensor) else source[0][source[1]]
@@ -200,6 +197,9 @@ class ParallelModule(nn.Module):
         # The ranks' agreement is on its way while they compute, and must be there before they communicate.
         agreed = before_first_collective(finish)
         try:
+            if prepared.draws:
+                agreed()
+                self._check_random()
             if program.mutated:
                 agreed()
                 results = self._run_and_write_back(prepared, values)

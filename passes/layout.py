@@ -106,11 +106,6 @@ def steps(source: Layout, target: Layout) -> tuple[Step, ...] | None:
     return tuple(found)
 
 
-def show(layout: Layout, factor_names: tuple[str, ...], mesh_dims: tuple[str, ...]) -> str:
-    """`sp: T` or `dp: R, sp: T`: for each mesh dim the name of the sharded factor, R or P."""
-    return ", ".join(f"{name}: {show_placement(p, factor_names)}" for name, p in zip(mesh_dims, layout, strict=True))
-
-
 def show_placement(placement: Placement, factor_names: tuple[str, ...]) -> str:
     if isinstance(placement, Shard):
         return factor_names[placement.place]

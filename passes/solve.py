@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from dsp_auto.errors import InfeasibleError, StrategyError
 
 from .fold import fold
-from .lifetimes import Point
 from .model import Answer, Model
 from .problem import Problem
 
@@ -36,7 +35,6 @@ class Solution:
     constraints: int
     peak_bytes: int
     capacity_bytes: int
-    peak_point: Point | None
     folded: bool
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -78,7 +76,6 @@ def solve(
             raise _out_of_time(time_limit)
         raise _infeasible(problem, model, rows, capacity, time_limit)
     objective = problem.cost(answer.choice)
-    peak, where = problem.peak(answer.choice)
     return Solution(
         choice=answer.choice,
         objective=objective,
@@ -88,9 +85,8 @@ def solve(
         solver=answer.solver,
         variables=answer.variables,
         constraints=answer.constraints,
-        peak_bytes=peak,
+        peak_bytes=problem.peak(answer.choice)[0],
         capacity_bytes=capacity,
-        peak_point=where,
         folded=same != apart,
         seconds={"solve": time.perf_counter() - started},
     )
