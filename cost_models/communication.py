@@ -11,6 +11,7 @@ For each mesh dim of N ranks and a tensor of M bytes (M already divided by what 
       partial grad   2M (N-1)/N          2M (N-1)/N                    2M
     reduce_scatter   M (N-1)/N           M (N-1)/N (all-gather)        M
     replicate        0                   2M (N-1)/N (all-reduce)       0
+    halo             what ranks lack     the same                      the same
 
 Wire bytes are what a device sends in a bandwidth-optimal collective, the mean over devices where shards are uneven.
 """
@@ -96,6 +97,16 @@ def primitive_cost(
         ring = 2 if primitive in ("reduce", "replicate") else 1
         seconds = sum(_seconds(link, amount, ranks, ring) for amount in (forward, backward) if amount)
     return Cost(forward, backward, collectives, paper, seconds)
+
+
+def halo_cost(sent: float, ranks: int, *, grad: bool, hardware: Hardware | None = None, mesh_dim: str = "") -> Cost:
+    """Of a `halo` in which a device sends `sent` bytes, in the mean; they come back as gradients."""
+    if not sent:
+        return FREE
+    ways = 2 if grad else 1
+    # To the neighbours: no ring goes round.
+    seconds = 0.0 if hardware is None else ways * _seconds(hardware.link(mesh_dim), sent, 2, 1)
+    return Cost(sent, sent if grad else 0.0, ways, sent, seconds)
 
 
 def _seconds(link: Link, wire_bytes: float, ranks: int, rings: int) -> float:

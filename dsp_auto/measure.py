@@ -12,13 +12,20 @@ from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-_here = threading.local()  # .label: what the dsp primitive running in this thread is about to communicate
+# .label: what the dsp primitive running in this thread is about to communicate; .counters: those active in this thread
+_here = threading.local()
 _counters = 0
 
 
 def counting() -> bool:
     """True while some `CountCollectives` is active; primitives label their collectives only then."""
     return _counters > 0
+
+
+def count(func: Any, args: tuple) -> None:
+    """Tells the counters of this thread about a collective that the dispatcher does not see: a simulated one."""
+    for counter in getattr(_here, "counters", ()):
+        counter._count(func, args, {})
 
 
 class label:
@@ -70,11 +77,13 @@ class CountCollectives(TorchDispatchMode):
     def __enter__(self) -> CountCollectives:
         global _counters
         _counters += 1
+        _here.counters = (*getattr(_here, "counters", ()), self)
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         global _counters
         _counters -= 1
+        _here.counters = _here.counters[:-1]
         super().__exit__(*exc)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -41,6 +41,7 @@ def parallelize(
     in_layouts: Mapping[str, LayoutSpec] | None = None,
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None,
     time_limit: float = 60.0,
+    rng: str = "parallel",
     max_signatures: int = 16,
 ) -> ParallelModule:
     """`model` on every rank of `mesh`: same arguments, same results, same gradients, 1/N of the activations.
@@ -63,6 +64,7 @@ def parallelize(
         in_layouts=in_layouts,
         out_layouts=out_layouts,
         time_limit=time_limit,
+        rng=rng,
     )
     if not isinstance(mesh, DeviceMesh):
         raise MeshError(
@@ -269,7 +271,7 @@ class ParallelModule(nn.Module):
         return _Prepared(text, plan, module, module.forward, sources, ready.program, _draws(ready))
 
     def _check_random(self) -> None:
-        """Random ops run replicated, so the ranks must draw the same numbers."""
+        """What all ranks hold they must draw alike, and the seeds of what they share too."""
         states = [torch.get_rng_state()]
         if self._dsp.mesh.device_type != "cpu":
             states.append(torch.get_device_module(self._dsp.mesh.device_type).get_rng_state())

@@ -59,8 +59,10 @@ class Plan:
         counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
     memory: bytes of activations per device at the worst program point, and the capacity they were held under.
     factors: name, size and kind of every factor that is not a feature.
-    without_rule: ops that no rule covers and that therefore run replicated. random: ops that draw random numbers, which
-        run replicated too, so that all ranks draw the same.
+    activations: bytes that all ops make (whole), bytes of those that run replicated, and the ops among these that make more
+        than 1% of all, with the reason.
+    without_rule: ops that no rule covers and that therefore run replicated. random: ops that draw random numbers and run
+        replicated, so that all ranks draw the same.
     seconds: what making the plan took. solver: what the solver said; bytes, or seconds for the objective "time".
     """
 
@@ -70,6 +72,7 @@ class Plan:
     stages: tuple[PlanStage, ...]
     communication: Mapping[str, Any]
     memory: Mapping[str, Any]
+    activations: Mapping[str, Any]
     factors: tuple[Mapping[str, Any], ...]
     without_rule: tuple[Mapping[str, Any], ...]
     random: tuple[Mapping[str, Any], ...]
@@ -164,6 +167,13 @@ class Plan:
             f"constraints, gap {solver['gap']:.2%}; seconds: "
             + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()),
         ]
+        large, made = self.activations["large_replicated"], self.activations
+        if large:
+            share = made["replicated_bytes"] / made["bytes"]
+            lines.append(f"made on every device: {share:.1%} of all activation bytes, most of it by")
+            for entry in sorted(large, key=lambda entry: -entry["share"])[:8]:
+                place = f" in {entry['path']}" if entry["path"] else ""
+                lines.append(f"    {entry['share']:.1%}  {entry['target']}{place}: {entry['why']}")
         for reason, entries in (("no rule", self.without_rule), ("random", self.random)):
             if entries:
                 names = sorted({entry["target"] for entry in entries})

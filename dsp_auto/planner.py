@@ -29,6 +29,7 @@ from .passes.stages import StageGraph, make_stages
 from .passes.summarize import summarize
 from .plan import Plan
 
+RNGS = ("parallel", "serial")
 LayoutSpec = Mapping[str, int | str | None]
 
 
@@ -44,6 +45,7 @@ class Options:
     in_layouts: Mapping[str, LayoutSpec] | None = None
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None
     time_limit: float = 60.0
+    rng: str = "parallel"
 
     @classmethod
     def of(cls, capacity: int | str | None = None, hardware: str | Hardware | None = None, **rest: Any) -> Options:
@@ -55,6 +57,8 @@ class Options:
                 found="no such objective",
                 remedy=f"use one of {', '.join(OBJECTIVES)}",
             )
+        if options.rng not in RNGS:
+            raise StrategyError(asked=f"rng {options.rng!r}", found="no such way", remedy=f"use one of {', '.join(RNGS)}")
         _check_spec_types(options)
         if options.objective == "time" and options.hardware is None:
             options = replace(options, hardware=as_hardware("h100"))
@@ -119,6 +123,7 @@ def plan(
     in_layouts: Mapping[str, LayoutSpec] | None = None,
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None,
     time_limit: float = 60.0,
+    rng: str = "parallel",
 ) -> Plan:
     """Plan `model(*args, **kwargs)` over `mesh`, with no process group, no GPU and no weights.
 
@@ -134,6 +139,8 @@ def plan(
     in_layouts: how inputs arrive, `{"video": {"sp": 1}}`: cut along dim 1 over mesh dim sp. out_layouts: how outputs leave,
         `{"sp": 1}`, or one entry for each tensor the model returns. What is not named is replicated.
     time_limit: seconds for the solver; the plan carries the gap that is left.
+    rng: "parallel": ranks draw their own numbers for shards of a dropout, and the same ones for what they all hold; "serial":
+        they draw what one device would, and keep their part, which takes time and memory.
 
     Raises CaptureError, LayoutError, MeshError, NoShardableFactorError, StrategyError and InfeasibleError.
     """
@@ -146,6 +153,7 @@ def plan(
         in_layouts=in_layouts,
         out_layouts=out_layouts,
         time_limit=time_limit,
+        rng=rng,
     )
     abstract = as_mesh(mesh)
     program = capture(model, args, kwargs)
@@ -158,7 +166,7 @@ def prepare(program: Program, mesh: Mesh, options: Options) -> Prepared:
     """factorize -> enumerate -> stages."""
     started = time.perf_counter()
     with _no_garbage_collection():
-        factors = factorize(program, options.dim_names)
+        factors = factorize(program, options.dim_names, options.rng)
         shardable = shardable_factors(factors, mesh, options.strategy)
         graph = make_stages(
             program,

@@ -6,13 +6,16 @@
     P    -> R      reduce            all-reduce          backward: identity, or all-reduce
     P    -> S(i)   reduce_scatter    reduce-scatter      backward: gather
     R    -> R      replicate         identity            backward: one all-reduce of all gradients
+    S(i) -> ranges halo              all-to-all          backward: the borders' gradients go home and are added
 
 They are called as `torch.ops.dsp.switch(x, ...)`. `ranks`, `rank` and the group's name are arguments, so a
 graph is made, printed and propagated on fake tensors without a process group; only running it needs one.
 `partial_grad=True` names the Replicate whose gradient is Partial (ranks do different work with the value),
 the default the one whose gradient is replicated too. `replicate` leaves a member without a gradient out of its sum,
 on every rank alike; `materialize=True` counts it as zeros, for ranks that do not all use the same members (each has
-to use one, or its backward does not run and the others wait). Partial means a sum. Shards follow `torch.tensor_split`
+to use one, or its backward does not run and the others wait). `halo` gives rank r the range `[starts[r], stops[r])` of
+a dim of which rank r holds the next `held[r]` elements; ranges may overlap, and go on at the other end. Only what a rank
+lacks is sent. Partial means a sum. Shards follow `torch.tensor_split`
 (see dsp_auto.shards): uneven and empty ones are normal, nothing is padded. Outputs are contiguous where anything
 was communicated or cut. `ranks == 1` returns x.
 
@@ -32,9 +35,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsp_auto import measure
+from dsp_auto import measure, simulate
 from dsp_auto.errors import LayoutError
-from dsp_auto.shards import shard_range, shard_sizes
+from dsp_auto.shards import Piece, exchanged, pieces, shard_range, shard_sizes
 
 _library = torch.library.Library("dsp", "DEF")  # unregisters its ops when collected, so it must live
 _c10d = torch.ops._c10d_functional
@@ -119,6 +122,22 @@ def _replicate(xs: list[Tensor], ranks: int, rank: int, group: str, materialize:
     return out
 
 
+def _halo(
+    x: Tensor, dim: int, held: list[int], starts: list[int], stops: list[int], ranks: int, rank: int, group: str
+) -> Tensor:
+    at = _site("halo", ranks, rank, group)
+    dim = _dim(x, dim, at)
+    if not len(held) == len(starts) == len(stops) == ranks:
+        raise LayoutError(f"halo: {len(held)} lengths and {len(starts)}, {len(stops)} ends for {ranks} ranks")
+    if x.shape[dim] != held[rank]:
+        raise LayoutError(
+            f"halo: dim {dim} of shape {list(x.shape)} holds {x.shape[dim]} elements where rank {rank} should hold "
+            f"{held[rank]}"
+        )
+    ways = _Ways(tuple(held), tuple(starts), tuple(stops))
+    return _Halo.apply(x, dim, ways, at) if _wants_grad(x) else _run_halo(x, dim, ways, at)
+
+
 for _schema, _op in {
     "switch(Tensor x, int gather_dim, int gather_size, int scatter_dim, int ranks, int rank, str group)"
     " -> Tensor": _switch,
@@ -126,6 +145,7 @@ for _schema, _op in {
     "gather(Tensor x, int dim, int size, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _gather,
     "reduce(Tensor x, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _reduce,
     "reduce_scatter(Tensor x, int dim, int ranks, int rank, str group) -> Tensor": _reduce_scatter,
+    "halo(Tensor x, int dim, int[] held, int[] starts, int[] stops, int ranks, int rank, str group) -> Tensor": _halo,
     "replicate(Tensor[] xs, int ranks, int rank, str group, bool materialize=False) -> Tensor[]": _replicate,
 }.items():
     _library.impl(_library.define(_schema), _op, "CompositeImplicitAutograd")
@@ -265,6 +285,33 @@ class _Replicate(torch.autograd.Function):
         return None, None, *summed
 
 
+class _Halo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, ways: _Ways, at: _At) -> Tensor:
+        ctx.dim, ctx.ways, ctx.at = dim, ways, at
+        return _run_halo(x, dim, ways, at)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        at = ctx.at.backward()
+        back = _HaloBack.apply if _wants_grad(grad) else _run_halo_back
+        return back(grad, ctx.dim, ctx.ways, at), None, None, None
+
+
+class _HaloBack(torch.autograd.Function):
+    """What every rank's range gives its elements, added up where the elements are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, ways: _Ways, at: _At) -> Tensor:
+        ctx.dim, ctx.ways, ctx.at = dim, ways, at
+        return _run_halo_back(x, dim, ways, at)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        forth = _Halo.apply if _wants_grad(grad) else _run_halo
+        return forth(grad, ctx.dim, ctx.ways, ctx.at), None, None, None
+
+
 # What runs.
 
 
@@ -314,6 +361,74 @@ def _run_all_reduce(x: Tensor, at: _At, owned: bool = False) -> Tensor:
     return _communicate(op, at, x.contiguous(), "sum", at.group)
 
 
+class _Ways(NamedTuple):
+    """Who holds how much of a dim, and which range of it every rank needs."""
+
+    held: tuple[int, ...]
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    def of(self, rank: int) -> list[Piece]:
+        return pieces(self.held, self.starts[rank], self.stops[rank])
+
+    def from_rank(self, rank: int) -> list[tuple[int, int, int]]:
+        """What a rank sends: to whom, and from where to where of what it holds; in the receivers' order."""
+        return [(to, a, b) for to in range(len(self.held)) for holder, a, b in self.of(to) if holder == rank]
+
+    @property
+    def anything(self) -> bool:
+        return exchanged(self.held, self.starts, self.stops) > 0
+
+
+def _run_halo(x: Tensor, dim: int, ways: _Ways, at: _At) -> Tensor:
+    sends = [(to, x.narrow(dim, a, b - a)) for to, a, b in ways.from_rank(at.rank) if to != at.rank]
+    own = ways.of(at.rank)
+    shapes = [(holder, _resized(x, dim, b - a)) for holder, a, b in own]
+    received = iter(_exchange(x, sends, [entry for entry in shapes if entry[0] != at.rank], at, ways.anything))
+    parts = [x.narrow(dim, a, b - a) if holder == at.rank else next(received) for holder, a, b in own]
+    if not parts:
+        return x.new_empty(_resized(x, dim, 0))
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+
+def _run_halo_back(grad: Tensor, dim: int, ways: _Ways, at: _At) -> Tensor:
+    own = ways.of(at.rank)
+    parts = grad.split([b - a for _, a, b in own], dim) if own else ()
+    sends = [(holder, part) for (holder, _, _), part in zip(own, parts) if holder != at.rank]
+    back = [(to, a, b) for to, a, b in ways.from_rank(at.rank) if to != at.rank]
+    # From one rank pieces come in the order of its range, which is the order in which it was sent them.
+    received = _exchange(grad, sends, [(to, _resized(grad, dim, b - a)) for to, a, b in back], at, ways.anything)
+    total = grad.new_zeros(_resized(grad, dim, ways.held[at.rank]))
+    for (holder, a, b), part in zip(own, parts):
+        if holder == at.rank:
+            total.narrow(dim, a, b - a).add_(part)
+    for (_, a, b), part in zip(back, received):
+        total.narrow(dim, a, b - a).add_(part)
+    return total
+
+
+def _exchange(
+    like: Tensor, sends: list[tuple[int, Tensor]], receives: list[tuple[int, list[int]]], at: _At, anything: bool
+) -> list[Tensor]:
+    """Sends tensors to ranks, and receives tensors of the given shapes from ranks, each list ordered within a rank.
+
+    anything: whether any rank sends something; if not, nothing is issued."""
+    if not anything:
+        return []
+    ordered = sorted(sends, key=lambda entry: entry[0])
+    flat = [part.reshape(-1) for _, part in ordered] or [like.new_empty(0)]
+    out, back = [0] * at.ranks, [0] * at.ranks
+    for to, part in sends:
+        out[to] += part.numel()
+    for source, shape in receives:
+        back[source] += math.prod(shape)
+    buffer = _all_to_all(torch.cat(flat) if len(flat) > 1 else flat[0].contiguous(), back, out, at)
+    order = sorted(range(len(receives)), key=lambda n: receives[n][0])
+    blocks = buffer.split([math.prod(receives[n][1]) for n in order]) if order else ()
+    found = {n: block.view(receives[n][1]) for n, block in zip(order, blocks)}
+    return [found[n] for n in range(len(receives))]
+
+
 def _all_to_all(flat: Tensor, receives: list[int], sends: list[int], at: _At) -> Tensor:
     """Exchanges the blocks of a flat tensor; counts are elements."""
     wire = _as_moved(flat)
@@ -342,6 +457,8 @@ def before_first_collective(check: Callable[[], None]) -> Callable[[], None]:
 def _communicate(op: Any, at: _At, *args: Any) -> Tensor:
     while _before_first:
         _before_first[0]()
+    if (world := simulate.current(args[0])) is not None:
+        return world.communicate(op, at, *args)
     if not measure.counting():
         return _c10d.wait_tensor(op(*args))
     with measure.label(at.primitive, at.direction, at.ranks, at.rank):

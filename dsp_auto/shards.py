@@ -6,6 +6,10 @@ r < s % n. So there are at most two distinct sizes, the larger ones first, and a
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Sequence
+
 
 def shard_sizes(size: int, ranks: int) -> list[int]:
     """Length of every rank's shard of a dim of `size` elements, in rank order.
@@ -34,3 +38,44 @@ def _divide(size: int, ranks: int) -> tuple[int, int]:
     if ranks < 1:
         raise ValueError(f"cannot shard over {ranks} ranks")
     return divmod(size, ranks)
+
+
+Piece = tuple[int, int, int]  # rank that holds it, start and stop within what that rank holds
+
+
+def wrapped(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """The range `[start, stop)` of a ring of `size` elements, as ranges of `[0, size)` in order."""
+    found = []
+    while start < stop:
+        base = start // size * size
+        end = min(stop, base + size)
+        found.append((start - base, end - base))
+        start = end
+    return found or [(0, 0)]
+
+
+def pieces(held: Sequence[int], start: int, stop: int) -> list[Piece]:
+    """Where the range `[start, stop)` of a dim lies of which rank r holds the next `held[r]` elements, in order.
+
+    A range that reaches over an end goes on at the other.
+    """
+    bounds = [0, *itertools.accumulate(held)]
+    found: list[Piece] = []
+    for a, b in wrapped(start, stop, bounds[-1]) if stop > start else []:
+        rank = bisect.bisect_right(bounds, a) - 1
+        while a < b:
+            end = min(b, bounds[rank + 1])
+            if end > a:
+                found.append((rank, a - bounds[rank], end - bounds[rank]))
+            a, rank = end, rank + 1
+    return found
+
+
+def exchanged(held: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> int:
+    """How many elements travel between ranks, in sum, where rank r holds `held[r]` and needs `[starts[r], stops[r])`."""
+    return sum(
+        b - a
+        for rank, (start, stop) in enumerate(zip(starts, stops, strict=True))
+        for holder, a, b in pieces(held, start, stop)
+        if holder != rank
+    )

@@ -83,6 +83,7 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
     _inline_no_grad(exported.graph_module)
     if _needs_functionalization(exported.graph_module):
         exported = exported.run_decompositions({aten.copy.default: _copy})
+        _compose(exported.graph_module.graph)
     module = exported.graph_module
     inputs = _inputs(exported)
     mutated = _mutated(exported)
@@ -243,6 +244,25 @@ def _needs_functionalization(module: fx.GraphModule) -> bool:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             return True
     return False
+
+
+def _compose(graph: fx.Graph) -> None:
+    """Ops that functionalization took apart for the sake of a result that nobody uses become what the model called."""
+    for node in list(graph.nodes):
+        composite = None
+        if node.target is aten.native_dropout.default and node.args[2]:
+            composite, args = aten.dropout.default, node.args
+        elif node.target is aten._native_batch_norm_legit_no_training.default:
+            composite, args = aten.batch_norm.default, (*node.args[:5], False, *node.args[5:], True)
+        if composite is None or any(user.args[1] for user in node.users):
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(composite, args)
+        new.meta = {**node.meta, "val": node.meta["val"][0]}
+        for user in list(node.users):
+            user.replace_all_uses_with(new)
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 _KINDS = {

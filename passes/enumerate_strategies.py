@@ -1,10 +1,11 @@
 """Enumerate: the legal ways to run each op, read off its rule.
 
-On one mesh dim an op either shards one factor of one of its axes, or runs replicated:
+On one mesh dim an op either shards one factor of one of its axes (or of several axes that are cut together), or runs
+replicated:
 
     shard      operands and results that have the factor are Shard there; operands that lack it are used by sharded
-               work, so they are Replicate with a Partial gradient; results that lack it, because the op sums it away,
-               are Partial
+               work, so they are Replicate with a Partial gradient; results that lack it are Partial, because the op sums it
+               away, or Replicate, because the ranks combine their statistics inside the op
     replicate  all operands and results Replicate
     varying    under training, all operands and results Replicate with a Partial gradient
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from dsp_auto.errors import MeshError, NoShardableFactorError, StrategyError
 from dsp_auto.mesh import Mesh
 
-from .factorize import Factors, Op
+from .factorize import Cut, Factors, Op
 from .layout import Layout, P, Placement, R, Shard, V
 
 # The kinds of factor that each preset may shard.
@@ -34,12 +35,13 @@ PRESETS: Mapping[str, frozenset[str]] = {
 class Strategy:
     """One way to run one op.
 
-    factors: per mesh dim the factor that it shards, None where it runs replicated.
-    axes: per mesh dim the rule's axis that the factor belongs to, and which of the axis's factors it is.
+    factors: per mesh dim the factor that it shards (that of the results, where axes are cut together), None where it runs
+        replicated.
+    cuts: per mesh dim the rule's axes that are cut, and which of each axis's factors; nothing where it runs replicated.
     """
 
     factors: tuple[int | None, ...]
-    axes: tuple[tuple[str, int] | None, ...]
+    cuts: tuple[tuple[Cut, ...], ...]
     operands: tuple[Layout, ...]
     results: tuple[Layout, ...]
 
@@ -59,7 +61,7 @@ def shardable_factors(factors: Factors, mesh: Mesh, strategy: str) -> tuple[froz
     """
     check_preset(strategy)
     kinds = PRESETS[strategy]
-    splittable = {factor for op in factors.ops for axis, own in op.axes.items() if op.can_shard(axis) for factor in own}
+    splittable = {factor for op in factors.ops for cut in op.cuts for factor in op.factors(cut)}
     wanted = [factor for factor, kind in factors.kinds.items() if kind in kinds and factor in splittable]
     if mesh.ranks == 1:
         return tuple(frozenset() for _ in mesh.sizes)
@@ -91,9 +93,9 @@ def _describe(factors: Factors, which: list[int], limit: int = 8) -> str:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What one mesh dim does with an op: the (axis, which of its factors) it shards, or None, and the placements."""
+    """What one mesh dim does with an op: what it cuts, if anything, and the placements."""
 
-    sharded: tuple[str, int] | None
+    cut: tuple[Cut, ...]
     factor: int | None
     operands: tuple[Placement, ...]
     results: tuple[Placement, ...]
@@ -105,12 +107,12 @@ def enumerate_strategies(op: Op, factors: Factors, shardable: tuple[frozenset[in
     per_dim = [_choices(op, grad, allowed) for allowed in shardable]
     found = []
     for combination in itertools.product(*per_dim):
-        sharded = [choice.sharded for choice in combination if choice.sharded]
-        if len(set(sharded)) == len(sharded):
+        cut = [own for choice in combination for own in choice.cut]
+        if len(set(cut)) == len(cut):
             found.append(
                 Strategy(
                     tuple(choice.factor for choice in combination),
-                    tuple(choice.sharded for choice in combination),
+                    tuple(choice.cut for choice in combination),
                     tuple(zip(*(choice.operands for choice in combination))) if op.operands else (),
                     tuple(zip(*(choice.results for choice in combination))) if op.results else (),
                 )
@@ -129,13 +131,13 @@ class Canonical:
 
     def choice(
         self,
-        sharded: tuple[str, int] | None,
+        cut: tuple[Cut, ...],
         factor: int | None,
         operand: Callable[[int], Placement],
         result: Callable[[int], Placement],
     ) -> _Choice:
         return _Choice(
-            sharded,
+            cut,
             factor,
             tuple(without_gradient(operand(n)) if not grad else operand(n) for n, grad in enumerate(self.operands)),
             tuple(without_gradient(result(n)) if not grad else result(n) for n, grad in enumerate(self.results)),
@@ -147,26 +149,29 @@ def without_gradient(placement: Placement) -> Placement:
 
 
 def _choices(op: Op, grad: Canonical, allowed: frozenset[int]) -> list[_Choice]:
-    found = [grad.choice(None, None, lambda n: R, lambda n: R)]
+    found = [grad.choice((), None, lambda n: R, lambda n: R)]
     if any(grad.operands) and allowed:
-        found.append(grad.choice(None, None, lambda n: V, lambda n: V))
+        found.append(grad.choice((), None, lambda n: V, lambda n: V))
     if op.rule is None:
         return found
     operand_places = [op.places(dims) for dims in op.rule.inputs]
     result_places = [op.places(dims) for dims in op.rule.outputs]
-    for axis, own in op.axes.items():
-        if not op.can_shard(axis):
+    for cut in op.cuts:
+        factors = op.factors(cut)
+        if not allowed.issuperset(factors):
             continue
-        for index, factor in enumerate(own):
-            if factor not in allowed:
-                continue
-            key = (axis, index)
+        summed = any(axis in op.rule.reduces or axis not in op.rule.combines for axis, _ in cut)
+        without = P if summed else R
 
-            def operand(n: int, key=key) -> Placement:
-                return Shard(operand_places[n][key]) if key in operand_places[n] else V
+        def placed(places: list[dict[Cut, int]], n: int, otherwise: Placement, cut=cut) -> Placement:
+            return next((Shard(places[n][own]) for own in cut if own in places[n]), otherwise)
 
-            def result(n: int, key=key) -> Placement:
-                return Shard(result_places[n][key]) if key in result_places[n] else P
-
-            found.append(grad.choice(key, factor, operand, result))
+        found.append(
+            grad.choice(
+                cut,
+                factors[-1],
+                lambda n, placed=placed: placed(operand_places, n, V),
+                lambda n, placed=placed, without=without: placed(result_places, n, without),
+            )
+        )
     return found

@@ -7,12 +7,14 @@ not nest (6·4 against 8·3) stays apart: that op then needs those dims whole.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import networkx
 import torch
 from torch import fx
 
@@ -24,6 +26,7 @@ from .propagate import module_path, node_values
 from .rules import find_rule
 
 ValueId = tuple[str, int]  # node name, index among the node's results
+Cut = tuple[str, int]  # axis of an op's rule, which of its factors
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,23 @@ class Op:
     def is_view(self) -> bool:
         return self.rule is not None and self.rule.is_view and not self.opaque
 
-    def can_shard(self, axis: str) -> bool:
-        return self.rule is not None and axis not in self.opaque and self.rule.can_shard(axis)
+    @cached_property
+    def cuts(self) -> tuple[tuple[Cut, ...], ...]:
+        """All that one mesh dim may cut of this op: the axes it cuts, and which of their factors."""
+        if self.rule is None:
+            return ()
+        found: list[tuple[Cut, ...]] = []
+        for group in self.rule.cuts():
+            if not self.opaque.isdisjoint(group):
+                continue
+            if group[0] in self.rule.in_ranges:  # the major factor's parts are ranges of the axis
+                found.append(tuple((axis, 0) for axis in group))
+            else:
+                found += [((group[0], index),) for index in range(len(self.axes[group[0]]))]
+        return tuple(found)
+
+    def factors(self, cut: tuple[Cut, ...]) -> tuple[int, ...]:
+        return tuple(self.axes[axis][index] for axis, index in cut)
 
     def places(self, dims: tuple[tuple[str, ...], ...]) -> dict[tuple[str, int], int]:
         """Place of each (axis, which of its factors) in an operand or result that the rule writes as `dims`."""
@@ -102,6 +120,7 @@ class Factors:
     kinds: Mapping[int, str]  # "feature", "sequence" or "batch"
     values: Mapping[ValueId, Value]
     ops: tuple[Op, ...]
+    rng: str = "parallel"  # or "serial": random numbers are those that one device would draw
 
     def show(self, value: ValueId) -> str:
         """`(B T) S C` with the factors' names."""
@@ -194,11 +213,12 @@ def _nest(a: list[int], b: list[int]) -> bool:
     return all(later % earlier == 0 for earlier, later in zip(ordered, ordered[1:], strict=False))
 
 
-def factorize(program: Program, dim_names: Mapping[str, str] | None = None) -> Factors:
+def factorize(program: Program, dim_names: Mapping[str, str] | None = None, rng: str = "parallel") -> Factors:
     """The factors of every tensor of `program`, their names and kinds.
 
     dim_names: for inputs of the model (by argument name), names of their dims: `{"video": "B T S C"}`, merged dims
-        as `(H W)` with sizes where they cannot be told.
+        by one name, which their factors number.
+    rng: "serial" where random numbers are to be those that one device would draw.
 
     Raises LayoutError where `dim_names` does not fit an input.
     """
@@ -223,7 +243,7 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None) -> F
                 dims[value_id] = [[pieces.new(size)] if size != 1 else [] for size in value.shape]
             continue
         operands = operand_ids(node)
-        rule = _rule(node, known_rules)
+        rule = _rule(node, known_rules, rng)
         axes: dict[str, list[int]] = {}
         opaque: set[str] = set()
         if rule is not None:
@@ -263,7 +283,7 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None) -> F
         own_axes = {axis: tuple(pieces.leaves(own)) for axis, own in axes.items()}
         ops.append(Op(node, tuple(operands), tuple(results), rule, own_axes, frozenset(opaque)))
     factors = {factor: pieces.size[factor] for value in values.values() for factor in value.factors}
-    made = Factors(factors, {}, {}, values, tuple(ops))
+    made = Factors(factors, {}, {}, values, tuple(ops), rng)
     made = replace(made, kinds=_kinds(program, made))
     return replace(made, names=_names(program, made, dim_names or {}))
 
@@ -312,7 +332,7 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _rule(node: fx.Node, known: dict) -> OpRule | None:
+def _rule(node: fx.Node, known: dict, rng: str) -> OpRule | None:
     """The op's rule; calls that differ only in where their operands come from share it."""
     results = [value for value in node_values(node) if isinstance(value, torch.Tensor)]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"] if is_tensor(n) else n)
@@ -321,27 +341,28 @@ def _rule(node: fx.Node, known: dict) -> OpRule | None:
     if key not in known:
         sizes = {size for shape in (*(o.shape for o in call.operands), *call.outputs) for size in shape}
         is_static = all(isinstance(size, int) for size in sizes) and 0 not in sizes
-        known[key] = find_rule(call) if is_static and isinstance(node.target, torch._ops.OpOverload) else None
+        found = find_rule(call) if is_static and isinstance(node.target, torch._ops.OpOverload) else None
+        known[key] = found.drawn_serially() if found is not None and rng == "serial" else found
     return known[key]
 
 
 def _kinds(program: Program, made: Factors) -> dict[int, str]:
     """A *feature* factor is made or contracted by parameters; of the rest, a *sequence* factor is one that some op
-    computes over as a whole, and a *batch* factor one that no op does."""
+    computes over, or that the model steps through index by index, and a *batch* factor one that no op does."""
     weights = {
         node.name
         for node, entry in zip((n for n in program.graph.nodes if n.op == "placeholder"), program.inputs, strict=True)
         if entry.kind == "parameter"
     }
     feature: set[int] = set()
-    whole: set[int] = set()
+    whole = _stepped_through(made)
     for op in made.ops:
         if op.rule is None:
             continue
         derived = [operand[0] in weights for operand in op.operands]
         if derived and all(derived):
             weights.add(op.name)
-        for axis in op.rule.whole:
+        for axis in op.rule.computes_over:
             whole |= set(op.axes[axis])
         if any(derived) and (op.rule.contracts or op.node.target is torch.ops.aten.embedding.default):
             has = [{axis for dim in dims for axis in dim} for dims in op.rule.inputs]
@@ -351,9 +372,34 @@ def _kinds(program: Program, made: Factors) -> dict[int, str]:
             for axis in by_weight:
                 if axis not in results or axis not in by_other:
                     feature |= set(op.axes[axis])
+    # A piece of a sequence is one, and what it is joined to; the dims before and after a convolution.
+    joined = [
+        {factor for axis in (window.source, window.target) if axis in op.axes for factor in op.axes[axis]} - feature
+        for op in made.ops
+        if op.rule is not None
+        for window in op.rule.windows
+    ]
+    graph = networkx.Graph()
+    graph.add_edges_from(edge for group in joined for edge in itertools.pairwise(group))
+    whole |= {factor for group in networkx.connected_components(graph) if group & whole for factor in group}
     return {
         factor: "feature" if factor in feature else "sequence" if factor in whole else "batch" for factor in made.sizes
     }
+
+
+def _stepped_through(made: Factors) -> set[int]:
+    """Factors of which an op takes all indices apart, or different ops different ones."""
+    aten = torch.ops.aten
+    indices: dict[int, set[int]] = {}
+    for op in made.ops:
+        if op.node.target not in (aten.select.int, aten.unbind.int):
+            continue
+        value = made.values[op.operands[0]]
+        dim = (op.node.args[1] if len(op.node.args) > 1 else 0) % len(value.dims)
+        taken = {op.node.args[2] % value.shape[dim]} if op.node.target is aten.select.int else set(range(value.shape[dim]))
+        for factor in value.dims[dim]:
+            indices.setdefault(factor, set()).update(taken)
+    return {factor for factor, taken in indices.items() if len(taken) > 1}
 
 
 def _label(op: Op) -> str:

@@ -1,6 +1,7 @@
 """The integer linear program of a `Problem`: Eq. 9 of the paper over the stage graph.
 
-    minimize     sum over storages t, layouts a != b   cost(t: a -> b) y[t,a,b]   [+ sum over s,k  compute(s,k) x[s,k]]
+    minimize     sum over storages t, layouts a != b   cost(t: a -> b) y[t,a,b]
+                 + sum over s,k  inside(s,k) x[s,k]   [+ sum over s,k  compute(s,k) x[s,k]]
     subject to   sum_k x[s,k] = 1                                     every stage runs one strategy      (_choose)
                  sum_b e[u,a,b] = sum of x[maker of u, k : made = a]  flow out of the maker              (_flow)
                  sum_a e[u,a,b] = sum of x[stage of u, k : wanted = b]  flow into the user               (_flow)
@@ -11,6 +12,7 @@
 x[s,k] is binary: stage s runs its k-th strategy (its partition p in the paper's letters). e[u,a,b] couples the storage
 that use u reads, made in layout a, with the layout b that the user wants (the linearization of Alpa, tight enough that
 the relaxation is mostly integral). A pair that no primitive connects has no variable. y and z are continuous.
+inside(s,k) is what the op communicates by itself: borders of a convolution, statistics of a norm.
 
 Stages of repeated blocks may share their variables (`same`, see `fold`), in one of two ways:
 
@@ -164,7 +166,8 @@ class Model:
                     self.binaries += names
                 self._row(dict.fromkeys(names, 1.0), "=", 1.0)
             for k, name in enumerate(self.x[shared]):
-                self._add(self.objective, {name: self._repeated_work(stage, k) * self._tie})
+                own = self.problem.inside_cost(stage.index, k) + len(self.problem.inside(stage.index, k)) * self._tie
+                self._add(self.objective, {name: own + self._repeated_work(stage, k) * self._tie})
                 if self.problem.objective == "time":
                     self._add(self.objective, {name: self.problem.compute_seconds(stage.index, k)})
 

@@ -6,8 +6,11 @@ that the op does not read (`type_as`), `...` the leading dims that operands shar
 (shards compute independently) unless the rule says otherwise:
 
     whole    the op computes over it (softmax, attention's keys): every rank needs all of it
-    moved    the op moves data along it (slice, cat, flip): every rank needs all of it, but it is no sign of a sequence
+    moved    the op moves data along it (sort, scatter): every rank needs all of it, but it is no sign of a sequence
     reduces  the op sums it away: shards give Partial results
+    ranges   axes that are cut together, and only into ranges: what a rank computes depends on where its part begins.
+             A *window* then says which range of an operand a range of a result needs (convolution, slice, cat, roll)
+    combines the op computes over it in a way that ranks can share: they exchange statistics inside the op
 
 An axis of a result that no operand has (`expand`) is parallel too: each rank makes its part. An operand that lacks a
 sharded axis is used by sharded work, so it must be Replicate with a Partial gradient.
@@ -17,8 +20,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import RuleError
+from dsp_auto.shards import exchanged, shard_range, wrapped
 
 Dim = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -39,6 +43,7 @@ class Operand:
 
     index: int
     shape: Shape
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class OpCall:
     def of(cls, target: Any, args: tuple, kwargs: Mapping[str, Any], results: Sequence[torch.Tensor]) -> OpCall:
         """The call of `target` on tensors (real or fake) that gave the tensors `results`."""
         operands = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
-        marks = iter([Operand(index, tuple(tensor.shape)) for index, tensor in enumerate(operands)])
+        marks = iter([Operand(index, tuple(tensor.shape), tensor.dtype) for index, tensor in enumerate(operands)])
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda _: next(marks), (tuple(args), dict(kwargs)))
         same_dtype = not operands or not results or operands[0].dtype == results[0].dtype
         return cls(target, args, kwargs, tuple(tuple(result.shape) for result in results), same_dtype)
@@ -91,6 +96,64 @@ class OpCall:
 
 
 @dataclass(frozen=True)
+class Site:
+    """Where an axis is cut: over `ranks`, of which this is the `rank`-th, into ranges of whole `unit`s."""
+
+    ranks: int
+    rank: int
+    group: str
+    lead: int
+    unit: int
+
+    def range(self, rank: int) -> tuple[int, int]:
+        """`[start, stop)` of a rank's part."""
+        start, length = shard_range(self.lead, self.ranks, rank)
+        return start * self.unit, (start + length) * self.unit
+
+    @cached_property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        return tuple(self.range(rank) for rank in range(self.ranks))
+
+
+@dataclass(frozen=True)
+class Window:
+    """To make a range of its axis `target`, an op needs the range `needs(start, stop)` of `source` in one operand.
+
+    needs: may reach over the ends of the operand: past them there is nothing, or `fill`, or with `wraps` the other end.
+    computes: neighbours meet in one result (convolution), rather than being moved (slice).
+    """
+
+    operand: int
+    dim: int  # the dim of the operand that is `source`
+    source: str
+    target: str
+    needs: Callable[[int, int], tuple[int, int]]
+    wraps: bool = False
+    fill: float | None = None
+    computes: bool = False
+
+    def elements(self, source: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]], size: int) -> int:
+        """How many elements of the dim travel between ranks that hold the ranges `source` and make the ranges `target`."""
+        needed = [self.needs(*part) if self.wraps else within(*self.needs(*part), size) for part in target]
+        starts, stops = ([part[end] for part in needed] for end in (0, 1))
+        return exchanged([b - a for a, b in source], starts, stops)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A tensor that ranks sum inside an op where they share a `combines` axis. Its gradient comes back where the op's first
+    operand has one, and it is no integer.
+
+    is_result: it is what the op returns, so that its gradient is the same on all ranks. Else each rank uses it in work of
+    its own, so its gradient is Partial.
+    """
+
+    axes: tuple[str, ...]
+    dtype: torch.dtype
+    is_result: bool = False
+
+
+@dataclass(frozen=True)
 class Local:
     """What a rule knows when it writes one rank's call."""
 
@@ -98,6 +161,73 @@ class Local:
     sizes: Mapping[str, int]  # this rank's size of each axis
     whole_sizes: Mapping[str, int]
     starts: Mapping[str, int]  # where this rank's part of a sharded axis begins; no entry: at 0
+    cuts: tuple[tuple[str, Site], ...] = ()  # what is cut, and where; an axis of several factors may be cut twice
+
+    @cached_property
+    def sites(self) -> Mapping[str, Site]:
+        """Where each axis is cut that may only be cut into ranges, and so once."""
+        return dict(self.cuts)
+
+    def combined(self, emit: Emit, x: Any, axes: Collection[str], is_result: bool = False) -> Any:
+        """`x`, of which every rank that shares one of the axes holds a term, summed (see `Statistic`)."""
+        for axis, site in self.cuts:
+            if axis in axes:
+                x = emit(torch.ops.dsp.reduce.default, x, site.ranks, site.rank, site.group, not is_result)
+        return x
+
+    def part(self, emit: Emit, x: Any, dims: Sequence[Dim]) -> Any:
+        """This rank's part of a tensor of `dims` that is whole."""
+        shape = [self.whole_sizes[axis] for dim in dims for axis in dim]
+        places = {axis: place for place, axis in enumerate(axis for dim in dims for axis in dim)}
+        # A minor factor's parts lie within those of a major one.
+        cuts = sorted((cut for cut in self.cuts if cut[0] in places), key=lambda cut: -cut[1].unit)
+        for axis, site in cuts:
+            n = places[axis]
+            start, length = shard_range(site.lead, site.ranks, site.rank)
+            seen = [shape[n] // (site.lead * site.unit), site.lead, site.unit]
+            x = emit(torch.ops.aten.reshape.default, x, [*shape[:n], *seen, *shape[n + 1 :]])
+            x = emit(torch.ops.aten.slice.Tensor, x, n + 1, start, start + length)
+            shape[n] = seen[0] * length * seen[2]
+        merged = [math.prod(shape[places[axis]] for axis in dim) for dim in dims]
+        return emit(torch.ops.aten.reshape.default, x, merged)
+
+    def shares(self, axes: Collection[str]) -> bool:
+        """Whether ranks share one of the axes."""
+        return any(axis in axes for axis, _ in self.cuts)
+
+    def range(self, axis: str) -> tuple[int, int]:
+        """`[start, stop)` of this rank's part of an axis."""
+        site = self.sites.get(axis)
+        return (0, self.whole_sizes.get(axis, 1)) if site is None else site.range(site.rank)
+
+    def window(self, emit: Emit, x: Any, window: Window) -> Any:
+        """`x`, an operand that holds this rank's part of the window's source, becomes what this rank needs of it."""
+        size, held = self.whole_sizes[window.source], self.sites.get(window.source)
+        start, stop = window.needs(*self.range(window.target))
+        if held is not None:
+            needed = [window.needs(*part) for part in self.sites[window.target].ranges]
+            needed = needed if window.wraps else [within(*part, size) for part in needed]
+            starts, stops = ([part[end] for part in needed] for end in (0, 1))
+            lengths = [b - a for a, b in held.ranges]
+            x = emit(
+                torch.ops.dsp.halo.default, x, window.dim, lengths, starts, stops, held.ranks, held.rank, held.group
+            )
+        else:
+            parts = wrapped(start, stop, size) if window.wraps else [within(start, stop, size)]
+            taken = [emit(torch.ops.aten.slice.Tensor, x, window.dim, *part) for part in parts]
+            x = taken[0] if len(taken) == 1 else emit(torch.ops.aten.cat.default, taken, window.dim)
+        before, after = max(min(0, stop) - start, 0), max(stop - max(size, start), 0)
+        if window.fill is None or window.wraps or not before + after:
+            return x
+        shape = (x.meta["val"] if hasattr(x, "meta") else x).shape
+        ends = [0, 0] * (len(shape) - window.dim - 1) + [before, after]
+        return emit(torch.ops.aten.constant_pad_nd.default, x, ends, window.fill)
+
+
+def within(start: int, stop: int, size: int) -> tuple[int, int]:
+    """The part of a range that lies in `[0, size)`, possibly empty."""
+    start = min(max(start, 0), size)
+    return start, min(max(stop, start), size)
 
 
 Emit = Callable[..., Any]
@@ -113,15 +243,22 @@ class OpRule:
     whole: frozenset[str] = frozenset()
     moved: frozenset[str] = frozenset()
     reduces: frozenset[str] = frozenset()
+    # Axes that are cut together, each into ranges; an axis may stand in several groups.
+    ranges: tuple[tuple[str, ...], ...] = ()
+    windows: tuple[Window, ...] = ()
+    # What ranks sum inside the op, in order, where they share one of these axes; results without it are the same on all.
+    combines: Mapping[str, tuple[Statistic, ...]] = field(default_factory=dict)
     # The result is the operand, dim sizes and order aside: it costs nothing and has no layout of its own.
     is_view: bool = False
-    # Draws random numbers: ranks may not split it.
+    # Draws random numbers, each shard its own. Where all are to draw what one device would, `serial` writes the call; None:
+    # then nothing of it is cut.
     is_random: bool = False
+    serial: Callable[..., Any] | None = field(default=None, compare=False)
     # Writes this rank's call: local(emit, target, args, kwargs, Local) -> result. None: the call as it stands.
     local: Callable[..., Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for axes in (self.whole, self.moved, self.reduces):
+        for axes in (self.whole, self.moved, self.reduces, self.combines.keys(), *map(frozenset, self.ranges)):
             unknown = axes - self.sizes.keys()
             if unknown:
                 raise RuleError(f"rule {self}: no axis {sorted(unknown)}")
@@ -131,17 +268,42 @@ class OpRule:
         """A matmul-like op: an axis of two operands is summed away."""
         return any(sum(axis in _axes(dims) for dims in self.inputs) > 1 for axis in self.reduces)
 
-    def can_shard(self, axis: str) -> bool:
-        """Whether ranks may each take a part of `axis`."""
-        if self.is_random or axis in self.whole or axis in self.moved:
-            return False
-        return axis in self.reduces or all(axis in _axes(dims) for dims in self.outputs)
+    @cached_property
+    def in_ranges(self) -> frozenset[str]:
+        """Axes that may only be cut into ranges."""
+        return frozenset(axis for group in self.ranges for axis in group)
 
-    def on_rank(self, sizes: Mapping[str, int], starts: Mapping[str, int]) -> Local:
+    @cached_property
+    def computes_over(self) -> frozenset[str]:
+        """Axes along which elements meet in one result."""
+        near = {axis for w in self.windows if w.computes for axis in (w.source, w.target)}
+        return frozenset(self.whole | self.combines.keys() | (near & self.sizes.keys()))
+
+    def can_shard(self, axis: str) -> bool:
+        """Whether ranks may each take any part of `axis`."""
+        if axis in self.whole or axis in self.moved or axis in self.in_ranges:
+            return False
+        return (
+            axis in self.reduces or axis in self.combines or all(axis in _axes(dims) for dims in self.outputs)
+        )
+
+    def cuts(self) -> list[tuple[str, ...]]:
+        """The groups of axes that a mesh dim may cut together: one axis alone, or one of `ranges`."""
+        return [(axis,) for axis in self.sizes if self.can_shard(axis)] + list(self.ranges)
+
+    def drawn_serially(self) -> OpRule:
+        """The rule where random numbers are those of one device."""
+        if not self.is_random or self.serial is not None:
+            return replace(self, local=self.serial) if self.is_random else self
+        return replace(self, moved=frozenset(self.sizes), ranges=(), combines={}, reduces=frozenset())
+
+    def on_rank(
+        self, sizes: Mapping[str, int], starts: Mapping[str, int], cuts: Sequence[tuple[str, Site]] = ()
+    ) -> Local:
         """What one rank computes that has `sizes` of the axes; see `Local`."""
         sizes = {**self.sizes, **sizes}
         shapes = tuple(tuple(math.prod(sizes[axis] for axis in dim) for dim in dims) for dims in self.outputs)
-        return Local(shapes, sizes, self.sizes, starts)
+        return Local(shapes, sizes, self.sizes, starts, tuple(cuts))
 
     def call(self, emit: Emit, target: Any, args: tuple, kwargs: Mapping[str, Any], here: Local) -> Any:
         """One rank's call, written with `emit`."""
@@ -159,6 +321,10 @@ class OpRule:
             for kind, axes in (("whole", self.whole), ("moved", self.moved), ("reduces", self.reduces))
             if axes
         ]
+        if self.ranges:
+            notes.append("ranges: " + ", ".join(map(" ".join, self.ranges)))
+        if self.combines:
+            notes.append("combines: " + " ".join(sorted(self.combines)))
         return "; ".join([text, *notes])
 
 
@@ -208,6 +374,8 @@ def from_notation(
     whole: Iterable[str] = (),
     moved: Iterable[str] = (),
     reduces: Iterable[str] = (),
+    ranges: Iterable[tuple[str, ...]] = (),
+    combines: Mapping[str, tuple[Statistic, ...]] | None = None,
     sizes: Mapping[str, int] | None = None,
     **flags: Any,
 ) -> OpRule:
@@ -264,6 +432,8 @@ def from_notation(
         whole=frozenset(whole) & axes.keys(),
         moved=frozenset(moved) & axes.keys(),
         reduces=frozenset(reduces) & axes.keys(),
+        ranges=tuple(tuple(dict.fromkeys(group)) for group in ranges if axes.keys() >= set(group)),
+        combines={axis: statistics for axis, statistics in (combines or {}).items() if axis in axes},
         **flags,
     )
 

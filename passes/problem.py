@@ -5,18 +5,21 @@ The solver's integer program is made from the same numbers, and tests compare th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from dsp_auto.cost_models.communication import FREE, Cost, primitive_cost
+from dsp_auto.cost_models.communication import FREE, Cost, halo_cost, primitive_cost
 from dsp_auto.cost_models.hardware import Hardware
 from dsp_auto.errors import StrategyError
 
 from .capture import Program
+from .enumerate_strategies import Strategy
 from .factorize import ValueId
 from .layout import Layout, Replicate, Shard, Step, steps
 from .lifetimes import Internal, Made, Point, Term, Used, lifetimes
-from .stages import StageGraph, Use, strip
+from .notation import Site
+from .stages import Stage, StageGraph, Use, strip
 
 OBJECTIVES = ("volume", "time")
 
@@ -35,6 +38,16 @@ class Resharding:
     @property
     def cost(self) -> Cost:
         return sum(self.costs, FREE)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What an op communicates by itself on one mesh dim: borders (`halo` of one operand) or statistics (`reduce`)."""
+
+    primitive: str
+    mesh_dim: int
+    operand: int | None
+    cost: Cost
 
 
 class Problem:
@@ -58,6 +71,7 @@ class Problem:
         self.points = lifetimes(program, graph)
         self.compute_seconds = compute_seconds or (lambda stage, strategy: 0.0)
         self._reshardings: dict[tuple, Resharding | None] = {}
+        self._inside: dict[tuple[int, int], tuple[Inside, ...]] = {}
         self._bytes: dict[tuple, int] = {}
 
     def target(self, use: Use, source: Layout, wanted: Layout) -> Layout:
@@ -79,10 +93,7 @@ class Problem:
     def _step_cost(self, storage: ValueId, step: Step, grad: bool) -> Cost:
         graph = self.graph
         root = graph.storages[storage].root
-        nbytes = root.nbytes
-        for m, placement in enumerate(step.before):
-            if m != step.mesh_dim and isinstance(placement, Shard):
-                nbytes /= graph.mesh.sizes[m]
+        nbytes = self._shared_out(root.nbytes, step.before, step.mesh_dim)
         ends = [step.source, step.target]
         sizes = tuple(graph.factors.sizes[root.factors[p.place]] if isinstance(p, Shard) else 0 for p in ends)
         partial_grad = any(isinstance(p, Replicate) and p.partial_grad for p in ends)
@@ -96,6 +107,57 @@ class Problem:
             hardware=self.hardware,
             mesh_dim=graph.mesh.names[step.mesh_dim],
         )
+
+    def inside(self, stage: int, strategy: int) -> tuple[Inside, ...]:
+        """What a stage's op communicates while it runs one of its strategies."""
+        entry = self.graph.stages[stage]
+        rule = entry.op.rule if entry.op is not None else None
+        if rule is None or not (rule.windows or rule.combines):
+            return ()
+        key = (stage, strategy)
+        if key not in self._inside:
+            self._inside[key] = tuple(self._inside_of(entry, entry.strategies[strategy]))
+        return self._inside[key]
+
+    def _inside_of(self, entry: Stage, strategy: Strategy) -> Iterator[Inside]:
+        mesh, values, sizes = self.graph.mesh, self.graph.factors.values, self.graph.factors.sizes
+        op, rule = entry.op, entry.op.rule
+        flows = any(values[result].requires_grad for result in op.results)
+        for m, cut in enumerate(strategy.cuts):
+            ranks, axes = mesh.sizes[m], dict(cut)
+            on = {"hardware": self.hardware, "mesh_dim": mesh.names[m]}
+            for window in rule.windows:
+                if window.source not in axes or window.target not in axes:
+                    continue
+                source, target = (
+                    Site(ranks, 0, "", sizes[op.axes[axis][0]], rule.sizes[axis] // sizes[op.axes[axis][0]]).ranges
+                    for axis in (window.source, window.target)
+                )
+                value = values[op.operands[window.operand]]
+                nbytes = self._shared_out(value.nbytes, strategy.operands[window.operand], m)
+                moved = window.elements(source, target, rule.sizes[window.source])
+                sent = nbytes * moved / rule.sizes[window.source] / ranks
+                cost = halo_cost(sent, ranks, grad=flows and value.requires_grad, **on)
+                if cost != FREE:
+                    yield Inside("halo", m, window.operand, cost)
+            for statistic in (s for axis in axes for s in rule.combines.get(axis, ())):
+                nbytes = math.prod(rule.sizes.get(axis, 1) for axis in statistic.axes) * statistic.dtype.itemsize
+                for other, cut_too in enumerate(strategy.cuts):
+                    if other != m and any(axis in statistic.axes for axis, _ in cut_too):
+                        nbytes /= mesh.sizes[other]
+                grad = statistic.dtype.is_floating_point and flows and values[op.operands[0]].requires_grad
+                cost = primitive_cost("reduce", nbytes, ranks, grad=grad, partial_grad=not statistic.is_result, **on)
+                yield Inside("reduce", m, None, cost)
+
+    def _shared_out(self, nbytes: float, layout: Layout, but: int) -> float:
+        for m, placement in enumerate(layout):
+            if m != but and isinstance(placement, Shard):
+                nbytes /= self.graph.mesh.sizes[m]
+        return nbytes
+
+    def inside_cost(self, stage: int, strategy: int) -> float:
+        """The objective's share of what a stage's op communicates by itself."""
+        return sum(self.weight(inside.cost) for inside in self.inside(stage, strategy))
 
     def weight(self, cost: Cost) -> float:
         return cost.wire_bytes if self.objective == "volume" else cost.seconds
@@ -141,7 +203,8 @@ class Problem:
         compute = 0.0
         if self.objective == "time":
             compute = sum(self.compute_seconds(s.index, choice[s.index]) for s in self.graph.stages)
-        return sum(self.weight(r.cost) for r in reshardings) + compute
+        inside = sum(self.inside_cost(s.index, choice[s.index]) for s in self.graph.stages)
+        return sum(self.weight(r.cost) for r in reshardings) + inside + compute
 
     def term_bytes(self, term: Term, choice: Sequence[int]) -> int:
         if isinstance(term, Internal):

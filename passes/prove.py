@@ -7,27 +7,32 @@ hold must come together to what one device computes:
     gradients     of operands that have the axis stand next to each other; all others add up over the ranks
 
 The second line is the algebra of layouts: an operand that lacks a sharded axis is Replicate with a Partial gradient.
-An axis may be merged from several factors, any one of which is shared out, so its minor part is cut as well.
+An axis may be merged from several factors, any one of which is shared out, so its minor part is cut as well; an axis that
+may only be cut into ranges is cut in whole units too. Ops that communicate by themselves do so between simulated ranks.
 Nothing here needs a rule that somebody wrote: `difference` tries one axis of any rule, guessed ones too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
+import dsp_auto.primitives  # noqa: F401  registers torch.ops.dsp
+from dsp_auto import simulate
 from dsp_auto.errors import ProofError
 from dsp_auto.shards import shard_range
 
-from .notation import Dim, OpCall, OpRule
+from .notation import Dim, OpCall, OpRule, Site
 from .rules import find_rule
 
-# Largest difference allowed, relative to the largest element of the whole result (or to 1).
+# Largest difference allowed, relative to the largest element of the whole result or of a part (or to 1).
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-4, torch.complex64: 2e-4}
 _TOLERANCE_HALF = 5e-2
 
@@ -77,6 +82,12 @@ class Example:
         gradients = _backward(results, cotangents, leaves)
         return cls(target, args, kwargs, operands, tuple(result.detach() for result in results), cotangents, gradients)
 
+    @cached_property
+    def tolerance(self) -> float:
+        """Largest difference allowed, relative to the numbers that made it: that of the least precise dtype here."""
+        inexact = [x.dtype for x in (*self.operands, *self.results) if x.is_floating_point() or x.is_complex()]
+        return max((_TOLERANCE.get(dtype, _TOLERANCE_HALF) for dtype in inexact), default=0.0)
+
     def find_rule(self) -> OpRule | None:
         return find_rule(OpCall.of(self.target, self.args, self.kwargs, self.results))
 
@@ -105,33 +116,38 @@ def prove(
     if problem:
         raise ProofError(asked=f"{shown} does not describe the call", found=problem)
     proven: dict[str, tuple[int, ...]] = {}
-    for axis, size in rule.sizes.items():
-        for count in ranks if rule.can_shard(axis) else ():
-            for outer in _outer_parts(size, count):
-                problem = difference(example, rule, axis, count, outer)
+    for group in rule.cuts():
+        for count in ranks:
+            for seen in _ways_to_see(rule, group, count):
+                problem = difference(example, rule, group, count, seen)
                 if problem:
-                    part = axis if outer == 1 else f"the minor part of {axis} ({outer}·{size // outer})"
-                    raise ProofError(
-                        asked=f"{shown} cannot shard {part} (size {size}) over {count} ranks", found=problem
-                    )
-            if count <= size:
-                proven[axis] = (*proven.get(axis, ()), count)
+                    raise ProofError(asked=f"{shown} cannot shard {_show(rule, seen)} over {count} ranks", found=problem)
+                shown_group = " ".join(group)
+                if count not in proven.get(shown_group, ()):
+                    proven[shown_group] = (*proven.get(shown_group, ()), count)
     return Proof(str(target), rule, tuple(proven.items()))
 
 
-def difference(example: Example, rule: OpRule, axis: str, ranks: int, outer: int = 1) -> str | None:
-    """What goes wrong where `axis` is shared out over `ranks`; None where the shards keep the rule's promise.
+def difference(
+    example: Example, rule: OpRule, group: tuple[str, ...], ranks: int, seen: Mapping[str, Seen] | None = None
+) -> str | None:
+    """What goes wrong where the axes of `group` are shared out over `ranks`; None where the shards keep the rule's promise.
 
-    outer: cut the minor part of `axis` seen as `(outer, size / outer)`, as where the axis merges two factors.
+    seen: what of each axis is cut, as where it merges factors; the whole of it where nothing is said.
     """
-    cut = _Cut(axis, rule.sizes, ranks, outer)
-    results, gradients = [], []
-    for rank in range(ranks):
-        start, length = cut.range(rank)
-        here = rule.on_rank({axis: outer * length}, {axis: start})
-        leaves = _leaves([cut.part(x, dims, rank) for x, dims in zip(example.operands, rule.inputs, strict=True)])
+    cut = _Cut(rule.sizes, ranks, seen or {axis: (1, rule.sizes[axis], 1) for axis in group})
+    leaves = [
+        _leaves(
+            [cut.part(x, dims, rank) for x, dims in zip(example.operands, rule.inputs, strict=True)], example.operands
+        )
+        for rank in range(ranks)
+    ]
+
+    def on_rank(rank: int) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, ...]] | str:
+        here = rule.on_rank(*cut.here(rank))
         try:
-            own = _tensors(rule.call(_run, example.target, *_replaced(example.args, example.kwargs, leaves), here))
+            args, kwargs = _replaced(example.args, example.kwargs, leaves[rank])
+            own = _tensors(rule.call(_run, example.target, args, kwargs, here))
         except Exception as error:  # any op may refuse a shard in its own way
             return f"the call on rank {rank} fails: {error}"
         shapes = tuple(tuple(result.shape) for result in own)
@@ -143,10 +159,23 @@ def difference(example: Example, rule: OpRule, axis: str, ranks: int, outer: int
         ]
         if [result.requires_grad for result in own] != [cotangent is not None for cotangent in cotangents]:
             return f"on rank {rank} other results have a gradient than in the whole call"
-        results.append([result.detach() for result in own])
-        gradients.append(_backward(own, cotangents, leaves))
+        return [result.detach() for result in own], _backward(own, cotangents, leaves[rank])
+
+    if rule.windows or rule.combines:
+        found = simulate.run(ranks, on_rank)
+    else:
+        found = [on_rank(rank) for rank in range(ranks)]
+    for outcome in found:
+        if isinstance(outcome, str):
+            return outcome
+    results, gradients = zip(*found)
+    alike = not rule.reduces.intersection(group) and not rule.combines.keys().isdisjoint(group)
     for index, (whole, dims) in enumerate(zip(example.results, rule.outputs, strict=True)):
-        problem = _compare(cut.together([own[index] for own in results], dims, whole.shape), whole)
+        own = [of_rank[index] for of_rank in results]
+        if alike and not cut.cuts(dims):
+            problem = next(filter(None, (_compare(part, whole, [part], example.tolerance) for part in own)), None)
+        else:
+            problem = _compare(cut.together(own, dims, whole.shape), whole, own, example.tolerance)
         if problem:
             return f"result {index} {problem}"
     for index, (whole, dims) in enumerate(zip(example.gradients, rule.inputs, strict=True)):
@@ -159,66 +188,97 @@ def difference(example: Example, rule: OpRule, axis: str, ranks: int, outer: int
                 f"operand {index} has a gradient, and none on rank {missing[0]}: "
                 "collectives in backward would wait for that rank forever"
             )
-        problem = _compare(cut.together(own, dims, whole.shape), whole)
+        problem = _compare(cut.together(own, dims, whole.shape), whole, own, example.tolerance)
         if problem:
             return f"the gradient of operand {index} {problem}"
     return None
 
 
+Seen = tuple[int, int, int]  # an axis as (outer, cut, unit): what is cut is its middle part
+
+
 @dataclass(frozen=True)
 class _Cut:
-    """`axis`, seen as `(outer, minor)`, with its minor part cut over `ranks`."""
+    """Axes, each seen as `(outer, lead, unit)`, with their `lead` parts cut over `ranks`."""
 
-    axis: str
     sizes: Mapping[str, int]
     ranks: int
-    outer: int
+    seen: Mapping[str, Seen]
 
-    def range(self, rank: int) -> tuple[int, int]:
-        return shard_range(self.sizes[self.axis] // self.outer, self.ranks, rank)
+    def here(self, rank: int) -> tuple[dict[str, int], dict[str, int], list[tuple[str, Site]]]:
+        """Sizes, starts and sites of one rank, as `OpRule.on_rank` takes them."""
+        sizes, starts, sites = {}, {}, []
+        for axis, (outer, lead, unit) in self.seen.items():
+            start, length = shard_range(lead, self.ranks, rank)
+            sizes[axis], starts[axis] = outer * length * unit, start
+            sites.append((axis, Site(self.ranks, rank, "", lead, unit)))
+        return sizes, starts, sites
+
+    def cuts(self, dims: Sequence[Dim]) -> bool:
+        return any(axis in self.seen for dim in dims for axis in dim)
 
     def part(self, tensor: torch.Tensor, dims: Sequence[Dim], rank: int) -> torch.Tensor:
         """One rank's shard of `tensor`; all of it where it does not have the axis."""
-        shape, place = self._apart(tensor.shape, dims)
+        shape, place, axis = self._apart(tensor.shape, dims)
         if place is None:
             return tensor
-        start, length = self.range(rank)
-        whole = self.sizes[self.axis]
-        merged = [n // whole * self.outer * length if self.axis in dim else n for dim, n in zip(dims, tensor.shape)]
+        start, length = shard_range(shape[place], self.ranks, rank)
+        lead = shape[place]
+        merged = [n // lead * length if axis in dim else n for dim, n in zip(dims, tensor.shape)]
         return tensor.reshape(shape).narrow(place, start, length).reshape(merged)
 
     def together(self, parts: Sequence[torch.Tensor], dims: Sequence[Dim], shape: Sequence[int]) -> torch.Tensor:
         """What the ranks' parts of a tensor of `shape` make: side by side along the axis, or their sum without it."""
-        apart, place = self._apart(shape, dims)
+        apart, place, _ = self._apart(shape, dims)
         if place is None:
             return torch.stack([part.double() if part.is_floating_point() else part for part in parts]).sum(0)
-        shapes = [[*apart[:place], self.range(rank)[1], *apart[place + 1 :]] for rank in range(self.ranks)]
+        lengths = [shard_range(apart[place], self.ranks, rank)[1] for rank in range(self.ranks)]
+        shapes = [[*apart[:place], length, *apart[place + 1 :]] for length in lengths]
         return torch.cat([part.reshape(own) for part, own in zip(parts, shapes, strict=True)], place).reshape(shape)
 
-    def _apart(self, shape: Sequence[int], dims: Sequence[Dim]) -> tuple[list[int], int | None]:
-        """`shape` with the dim that holds the axis taken apart, and where the part that is cut then stands."""
+    def _apart(self, shape: Sequence[int], dims: Sequence[Dim]) -> tuple[list[int], int | None, str]:
+        """`shape` with the dim that holds a cut axis taken apart, and where the part that is cut then stands."""
         found: list[int] = []
-        place = None
+        place, cut_axis = None, ""
         for dim, size in zip(dims, shape, strict=True):
-            if self.axis not in dim:
+            if place is not None or not any(axis in self.seen for axis in dim):
                 found.append(size)
                 continue
             for name in dim:
-                if name == self.axis:
-                    found.append(self.outer)
-                    place = len(found)
-                    found.append(self.sizes[name] // self.outer)
+                if name in self.seen and place is None:
+                    place, cut_axis = len(found) + 1, name
+                    found += self.seen[name]
                 else:
                     found.append(self.sizes[name])
-        return found, place
+        return found, place, cut_axis
 
 
-def _outer_parts(size: int, ranks: int) -> list[int]:
-    """Ways to see an axis as `(outer, minor)` with a minor part long enough for `ranks`: whole, and the smallest split."""
-    if size < ranks:
-        return []
-    divisor = next((n for n in range(2, size // ranks + 1) if size % n == 0), None)
-    return [1] if divisor is None else [1, divisor]
+def _ways_to_see(rule: OpRule, group: tuple[str, ...], ranks: int) -> Iterator[dict[str, Seen]]:
+    """Each axis as a whole; and, where its size allows, in two parts: of axes that may only be cut into ranges the major
+    part is cut, of others the minor one. Nothing where an axis is too short for the ranks."""
+    sizes = {axis: rule.sizes[axis] for axis in group}
+    if min(sizes.values()) < ranks:
+        return
+    yield {axis: (1, size, 1) for axis, size in sizes.items()}
+    divisors = {
+        axis: next((n for n in range(2, size // ranks + 1) if size % n == 0), 1) for axis, size in sizes.items()
+    }
+    if set(divisors.values()) == {1}:
+        return
+    in_ranges = group[0] in rule.in_ranges
+    yield {
+        axis: (1, size // divisors[axis], divisors[axis]) if in_ranges else (divisors[axis], size // divisors[axis], 1)
+        for axis, size in sizes.items()
+    }
+
+
+def _show(rule: OpRule, seen: Mapping[str, Seen]) -> str:
+    shown = []
+    for axis, (outer, lead, unit) in seen.items():
+        size = rule.sizes[axis]
+        part = f"the minor part of {axis} ({outer}·{lead})" if outer > 1 else axis
+        shown.append(f"{part} (size {size}{f' in units of {unit}' if unit > 1 else ''})")
+    return ", ".join(shown)
 
 
 def _misread(example: Example, rule: OpRule) -> str | None:
@@ -254,10 +314,15 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
-def _leaves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Contiguous copies (an op may keep or change its operand) that gradients reach."""
+def _leaves(tensors: Sequence[torch.Tensor], held: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Contiguous copies (an op may keep or change its operand) that gradients reach, but for those of an `nn.Buffer`.
+
+    held: the whole operands, where `tensors` are parts of them."""
     copies = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
-    return [copy.requires_grad_(copy.is_floating_point() or copy.is_complex()) for copy in copies]
+    return [
+        copy.requires_grad_((copy.is_floating_point() or copy.is_complex()) and not isinstance(whole, nn.Buffer))
+        for copy, whole in zip(copies, held or tensors, strict=True)
+    ]
 
 
 def _replaced(args: tuple, kwargs: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> tuple[tuple, dict]:
@@ -276,7 +341,9 @@ def _backward(results, cotangents, leaves: Sequence[torch.Tensor]) -> tuple[torc
     return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
 
 
-def _compare(own: torch.Tensor, whole: torch.Tensor) -> str | None:
+def _compare(
+    own: torch.Tensor, whole: torch.Tensor, parts: Sequence[torch.Tensor], tolerance: float
+) -> str | None:
     if not (whole.is_floating_point() or whole.is_complex()):
         count = (own != whole).sum().item()
         return f"differs in {count} of {whole.numel()} elements" if count else None
@@ -284,8 +351,10 @@ def _compare(own: torch.Tensor, whole: torch.Tensor) -> str | None:
     own, reference = own.to(exact), whole.to(exact)
     same = (own == reference) | (own.isnan() & reference.isnan())
     gap = torch.where(same, 0, own - reference).abs().nan_to_num(torch.inf).max().item()
-    scale = max(reference.abs().nan_to_num(0, 0, 0).max().item(), 1.0)
-    if gap > _TOLERANCE.get(whole.dtype, _TOLERANCE_HALF) * scale:
+    # Parts that add up are rounded as what they are, which may be more than their sum.
+    largest = [x.to(exact).abs().nan_to_num(0, 0, 0).max().item() for x in (whole, *parts) if x.numel()]
+    scale = max(1.0, *largest)
+    if gap > tolerance * scale:
         return f"differs by up to {gap:.3g} (its largest element is {scale:.3g})"
     return None
 

@@ -18,13 +18,14 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsp_auto.primitives  # noqa: F401  registers torch.ops.dsp
+from dsp_auto.randomness import on_shard
 from dsp_auto.shards import shard_range
 
 from .buckets import Bucket
 from .capture import Program
-from .factorize import Op, ValueId, is_tensor, value_id
+from .factorize import Cut, Op, ValueId, is_tensor, value_id
 from .layout import Layout, Replicate, Shard, Step
-from .notation import Local
+from .notation import Emit, Local, Site
 from .problem import Problem
 from .stages import Stage, StageGraph, Use
 
@@ -137,14 +138,17 @@ class _Writer:
         if op.rule is None:
             result = self.emit(op.node.target, *args, **kwargs)
         else:
-            result = op.rule.call(self.emit, op.node.target, args, kwargs, self._here(op, strategy.axes))
+            emit = self._drawing(strategy.cuts) if op.rule.is_random else self.emit
+            result = op.rule.call(emit, op.node.target, args, kwargs, self._here(op, strategy.cuts))
         if not op.results:
             self.numbers[op.name] = result
-        values = result.meta["val"]
+            return
+        apart = isinstance(result, tuple)  # written op by op, one node a result
+        values = tuple(r.meta["val"] for r in result) if apart else result.meta["val"]
         single = isinstance(values, torch.Tensor)
         for storage, layout in zip(op.results, layouts, strict=True):
-            new = result
-            if not single:
+            new = result[storage[1]] if apart else result
+            if not single and not apart:
                 new = self.out.call_function(operator.getitem, (result, storage[1]))
                 new.meta.update(self.meta)
                 new.meta["val"] = values[storage[1]]
@@ -156,17 +160,36 @@ class _Writer:
                 )
             self.copies[storage, layout] = new
 
-    def _here(self, op: Op, sharded: Sequence[tuple[str, int] | None]) -> Local:
-        """This rank's part of an op that shards, per mesh dim, one factor of one axis."""
-        sizes, starts = dict(op.rule.sizes), {}
-        for m, cut in enumerate(sharded):
-            if cut is not None:
-                axis, index = cut
+    def _drawing(self, cuts: Sequence[Sequence[Cut]]) -> Emit:
+        """`emit` for an op that draws random numbers: each of its shards other ones, unless all draw what one device would."""
+        shard, shards = 0, 1
+        for m, cut in enumerate(cuts):
+            if cut:
+                shard, shards = shard * self.graph.mesh.sizes[m] + self.coordinate[m], shards * self.graph.mesh.sizes[m]
+        if shards == 1 or self.factors.rng == "serial":
+            return self.emit
+
+        def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            if torch.Tag.nondeterministic_seeded in target.tags:
+                return self.emit(on_shard, target, shard, *args, **kwargs)
+            return self.emit(target, *args, **kwargs)
+
+        return emit
+
+    def _here(self, op: Op, cuts: Sequence[Sequence[Cut]]) -> Local:
+        """This rank's part of an op of which every mesh dim cuts the given factors of axes."""
+        sizes, starts, placed = dict(op.rule.sizes), {}, []
+        for m, cut in enumerate(cuts):
+            for axis, index in cut:
                 factor = self.factors.sizes[op.axes[axis][index]]
-                start, length = shard_range(factor, self.graph.mesh.sizes[m], self.coordinate[m])
+                ranks, rank = self.graph.mesh.sizes[m], self.coordinate[m]
+                start, length = shard_range(factor, ranks, rank)
+                unit = math.prod(self.factors.sizes[minor] for minor in op.axes[axis][index + 1 :])
+                site = Site(ranks, rank, self.groups[m], factor, unit)
                 sizes[axis] = sizes[axis] // factor * length
                 starts[axis] = starts.get(axis, 0) + start
-        return op.rule.on_rank(sizes, starts)
+                placed.append((axis, site))
+        return op.rule.on_rank(sizes, starts, placed)
 
     def _output(self, node: fx.Node) -> None:
         stage = self.graph.stages[-1]
@@ -302,8 +325,8 @@ class _Writer:
             args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: operand)
             places = self.graph.views[value][1]
             keys = {places[place]: key for key, place in op.places(op.rule.outputs[0]).items()}
-            sharded = [keys[p.place] if isinstance(p, Shard) else None for p in layout]
-            new = op.rule.call(self.emit, op.node.target, args, kwargs, self._here(op, sharded))
+            cuts = [(keys[p.place],) if isinstance(p, Shard) else () for p in layout]
+            new = op.rule.call(self.emit, op.node.target, args, kwargs, self._here(op, cuts))
             self.viewed[value, layout] = new
             self.meta = meta
         return self.viewed[value, layout]

@@ -114,7 +114,7 @@ def make_stages(
     replicated only if its results have at most this share of the bytes of the largest result that can be sharded; None: any.
     """
     replicated = (R,) * len(mesh.sizes)
-    nothing = (None,) * len(mesh.sizes)
+    nothing, uncut = (None,) * len(mesh.sizes), ((),) * len(mesh.sizes)
     stages: list[Stage] = []
     storages: dict[ValueId, Storage] = {}
     views: dict[ValueId, tuple[ValueId, tuple[int, ...]]] = {}
@@ -134,7 +134,7 @@ def make_stages(
         kind = "input" if entry is not None and entry.kind == "input" else "parameter"
         layout = (in_layouts or {}).get(node.name, replicated)
         index = len(stages)
-        strategy = Strategy(nothing, nothing, (), (layout,))
+        strategy = Strategy(nothing, uncut, (), (layout,))
         name = entry.name if entry is not None else str(node.target)
         stages.append(Stage(index, INPUT, name, None, (strategy,), (value,), ((layout,),), ()))
         add_storage(value, index, 0, kind)
@@ -187,7 +187,7 @@ def make_stages(
         layout = (out_layouts or {}).get(number, replicated)
         grad = factors.values[value].requires_grad
         outputs.append(Use(views[value][0], index, number, (translated(layout, value),), grad))
-    strategy = Strategy(nothing, nothing, tuple(use.wanted[0] for use in outputs), ())
+    strategy = Strategy(nothing, uncut, tuple(use.wanted[0] for use in outputs), ())
     stages.append(Stage(index, OUTPUT, "output", None, (strategy,), (), ((),), tuple(outputs)))
     return StageGraph(mesh, factors, tuple(stages), storages, views, program.training)
 
@@ -199,7 +199,7 @@ def _largest_shardable(factors: Factors, shardable: tuple[frozenset[int], ...]) 
         (
             factors.values[result].nbytes
             for op in factors.ops
-            if any(op.can_shard(axis) and not anywhere.isdisjoint(own) for axis, own in op.axes.items())
+            if any(anywhere.issuperset(op.factors(cut)) for cut in op.cuts)
             for result in op.results
         ),
         default=0,

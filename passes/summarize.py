@@ -9,6 +9,7 @@ from typing import Any
 import networkx
 import torch
 
+from dsp_auto.cost_models.communication import Cost
 from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
@@ -46,7 +47,7 @@ def summarize(
                 ops=sum(1 for stage in group if stage.kind == OP),
                 computes_over=_computes_over(problem, group),
                 layout=_layout(problem, choice, group),
-                enter=tuple(_enter(problem, entering.get(number, []))),
+                enter=(*_enter(problem, entering.get(number, [])), *_inside(problem, choice, group)),
             )
         )
     return Plan(
@@ -54,15 +55,16 @@ def summarize(
         objective=problem.objective,
         strategy=strategy,
         stages=tuple(stages),
-        communication=_communication(reshardings, buckets),
+        communication=_communication(problem, choice, reshardings, buckets),
         memory={"peak_bytes": solution.peak_bytes, "capacity_bytes": solution.capacity_bytes},
         factors=tuple(
             {"name": factors.names[f], "size": factors.sizes[f], "kind": kind}
             for f, kind in factors.kinds.items()
             if kind != "feature"
         ),
-        without_rule=_replicated(problem, lambda rule: rule is None),
-        random=_replicated(problem, lambda rule: rule is not None and rule.is_random),
+        activations=_activations(problem, choice),
+        without_rule=_replicated(problem, choice, lambda rule: rule is None),
+        random=_replicated(problem, choice, lambda rule: rule is not None and rule.is_random),
         seconds=dict(seconds),
         solver={
             "name": solution.solver,
@@ -78,19 +80,61 @@ def summarize(
     )
 
 
-def _replicated(problem: Problem, why: Callable[[OpRule | None], bool]) -> tuple[dict[str, Any], ...]:
-    """The ops whose rule (or lack of one) lets them only run replicated, with the bytes they make on every device."""
+def _runs_replicated(problem: Problem, choice: Sequence[int], stage: Stage) -> bool:
+    return stage.kind == OP and not any(stage.strategies[choice[stage.index]].cuts)
+
+
+def _replicated(
+    problem: Problem, choice: Sequence[int], why: Callable[[OpRule | None], bool]
+) -> tuple[dict[str, Any], ...]:
+    """Ops that run replicated, of those whose rule (or lack of one) is as `why` asks, with the bytes they make on every
+    device."""
     values = problem.graph.factors.values
     return tuple(
         {
-            "op": op.name,
-            "target": str(op.node.target),
-            "path": op.path,
-            "bytes": sum(values[result].nbytes for result in op.results),
+            "op": stage.op.name,
+            "target": str(stage.op.node.target),
+            "path": stage.op.path,
+            "bytes": sum(values[result].nbytes for result in stage.op.results),
         }
-        for op in problem.graph.factors.ops
-        if why(op.rule)
+        for stage in problem.graph.stages
+        if _runs_replicated(problem, choice, stage) and why(stage.op.rule)
     )
+
+
+def _activations(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
+    """Bytes that all ops make, whole; those of ops that run replicated; and each op that makes more than 1% so, with the
+    reason: it has no rule, its rule cuts no factor that may be sharded here, or it was cheaper."""
+    graph = problem.graph
+    values, names = graph.factors.values, graph.factors.names
+    sizes = {s.index: sum(values[r].nbytes for r in s.op.results) for s in graph.stages if s.kind == OP}
+    total = sum(sizes.values()) or 1
+    found = []
+    for stage in graph.stages:
+        if not _runs_replicated(problem, choice, stage) or sizes[stage.index] <= LARGE * total:
+            continue
+        shape = ", ".join(f"{names[f]}={graph.factors.sizes[f]}" for r in stage.results for f in values[r].factors)
+        if stage.op.rule is None:
+            why = "no rule"
+        elif any(any(strategy.cuts) for strategy in stage.strategies):
+            why = "cheaper so"
+        else:
+            why = f"nothing to shard in ({shape})"
+        found.append(
+            {
+                "op": stage.op.name,
+                "target": str(stage.op.node.target),
+                "path": stage.op.path,
+                "share": sizes[stage.index] / total,
+                "why": why,
+            }
+        )
+    replicated = sum(n for index, n in sizes.items() if _runs_replicated(problem, choice, graph.stages[index]))
+    return {"bytes": total, "replicated_bytes": replicated, "large_replicated": found}
+
+
+# An op that makes more than this share of all activation bytes on every device is worth a word.
+LARGE = 0.01
 
 
 def _groups(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
@@ -150,7 +194,7 @@ def _computes_over(problem: Problem, group: Sequence[Stage]) -> tuple[str, ...]:
     for stage in group:
         if stage.op is None or stage.op.rule is None:
             continue
-        for axis in sorted(stage.op.rule.whole | stage.op.rule.reduces):
+        for axis in sorted(stage.op.rule.computes_over | stage.op.rule.reduces):
             for factor in stage.op.axes[axis]:
                 if factors.kinds[factor] == "sequence":
                     found[factors.names[factor]] = None
@@ -198,17 +242,40 @@ def _enter(problem: Problem, reshardings: Sequence[Resharding]) -> list[Enter]:
     return found
 
 
-def _communication(reshardings: Sequence[Resharding], buckets: Sequence[Bucket]) -> dict[str, Any]:
+def _inside(problem: Problem, choice: Sequence[int], group: Sequence[Stage]) -> list[Enter]:
+    """What the ops of a stage communicate by themselves."""
+    graph, found = problem.graph, []
+    for stage in group:
+        for inside in problem.inside(stage.index, choice[stage.index]):
+            strategy = stage.strategies[choice[stage.index]]
+            name = graph.mesh.names[inside.mesh_dim]
+            factor = graph.factors.names[strategy.factors[inside.mesh_dim]]
+            both = (_number(inside.cost.forward_bytes), _number(inside.cost.backward_bytes))
+            found.append(Enter(inside.primitive, stage.op.name, name, factor, factor, *both))
+    return found
+
+
+def _communication(
+    problem: Problem, choice: Sequence[int], reshardings: Sequence[Resharding], buckets: Sequence[Bucket]
+) -> dict[str, Any]:
     in_bucket = {storage for bucket in buckets for storage in bucket.storages}
     by_primitive: dict[str, dict[str, float]] = {}
     paper = 0.0
+
+    def add(primitive: str, cost: Cost, count: int) -> None:
+        entry = by_primitive.setdefault(primitive, {"count": 0, "forward_bytes": 0.0, "backward_bytes": 0.0})
+        entry["count"] += count
+        entry["forward_bytes"] += cost.forward_bytes
+        entry["backward_bytes"] += cost.backward_bytes
+
     for resharding in reshardings:
         for step, cost in zip(resharding.steps, resharding.costs):
-            entry = by_primitive.setdefault(step.primitive, {"count": 0, "forward_bytes": 0.0, "backward_bytes": 0.0})
-            entry["count"] += 0 if resharding.storage in in_bucket else 1
-            entry["forward_bytes"] += cost.forward_bytes
-            entry["backward_bytes"] += cost.backward_bytes
+            add(step.primitive, cost, 0 if resharding.storage in in_bucket else 1)
             paper += cost.paper_volume
+    for stage in problem.graph.stages:
+        for inside in problem.inside(stage.index, choice[stage.index]):
+            add(inside.primitive, inside.cost, 1)
+            paper += inside.cost.paper_volume
     if buckets:
         by_primitive["replicate"]["count"] += sum(len(bucket.mesh_dims) for bucket in buckets)
     for entry in by_primitive.values():

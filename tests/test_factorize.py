@@ -94,14 +94,14 @@ def test_sizes_that_do_not_nest_stay_apart():
     assert sizes(found, "args_0") == [[6], [4], [5]] and sizes(found, "view") == [[8], [3], [5]]
     assert set(before.factors) & set(after.factors) == {before.factors[2]}
     assert not view.is_view
-    assert {view.rule.sizes[axis] for axis in view.axes if view.can_shard(axis)} == {5}
+    assert {view.rule.sizes[axis] for cut in view.cuts for axis, _ in cut} == {5}
 
 
 def test_a_dim_seen_in_two_ways_that_do_not_nest_is_shared_with_one_of_them():
     found = factors_of(lambda self, x: (x.view(6, 4).exp(), x.view(8, 3).exp()), (24,))
     first, second = op(found, "view"), op(found, "view_1")
     assert first.is_view and not first.opaque
-    assert second.opaque and not second.is_view and not any(map(second.can_shard, second.axes))
+    assert second.opaque and not second.is_view and not second.cuts
     assert sizes(found, "exp") == [[6], [4]] and sizes(found, "exp_1") == [[8], [3]]
     assert set(found.values["exp", 0].factors) == set(found.values["args_0", 0].factors)
     assert not set(found.values["exp_1", 0].factors) & set(found.values["args_0", 0].factors)
@@ -135,7 +135,7 @@ def test_a_fused_qkv_shards_by_heads():
     makers = [own for own in found.ops if heads in {f for axis in own.axes.values() for f in axis}]
     for own in makers:
         (axis,) = [axis for axis, its in own.axes.items() if heads in its]
-        assert own.can_shard(axis), own.name
+        assert ((axis, 0),) in own.cuts, own.name
     assert {"linear", "chunk", attend.name, "flatten"} <= {own.name for own in makers}
 
 
@@ -147,7 +147,7 @@ def test_a_factor_may_stand_twice_in_one_tensor():
     soft = op(found, "softmax")
     places = soft.places(soft.rule.outputs[0])
     assert sorted(places.values()) == [0, 1]
-    assert [soft.can_shard(axis) for (axis, _), place in sorted(places.items(), key=lambda p: p[1])] == [True, False]
+    assert [(key,) in soft.cuts for key, place in sorted(places.items(), key=lambda p: p[1])] == [True, False]
 
 
 def test_ops_that_share_no_tensor_share_no_factor():

@@ -162,8 +162,19 @@ def test_an_axis_is_shardable_where_results_have_it_or_sum_it_away():
     assert rule.contracts
 
 
-def test_no_axis_of_a_random_op_is_shardable():
-    assert not from_notation("a -> a", call([(3,)], [(3,)]), is_random=True).can_shard("a")
+def test_random_numbers_of_one_device_cannot_be_shared_out_where_no_way_is_written():
+    rule = from_notation("a -> a", call([(3,)], [(3,)]), is_random=True)
+    assert rule.can_shard("a") and not rule.drawn_serially().cuts()
+    written = from_notation("a -> a", call([(3,)], [(3,)]), is_random=True, serial=print)
+    assert written.drawn_serially().can_shard("a") and written.drawn_serially().local is print
+
+
+def test_axes_that_are_cut_into_ranges_are_cut_together_and_no_other_way():
+    rule = from_notation("b i -> b o", call([(2, 5)], [(2, 4)]), ranges=[("i", "o")])
+    assert rule.cuts() == [("b",), ("i", "o")] and not rule.can_shard("i")
+    assert str(rule) == "b i -> b o; ranges: i o"
+    # An axis of size one is none: then neither can be cut.
+    assert from_notation("b i -> b o", call([(2, 5)], [(2, 1)]), ranges=[("i", "o")]).cuts() == [("b",)]
 
 
 def test_a_rank_has_its_sizes_of_the_axes():
@@ -179,7 +190,7 @@ def test_a_call_knows_its_operands_wherever_they_stand():
     x, y = torch.empty(2, 3), torch.empty(3, dtype=torch.int64)
     made = OpCall.of(aten.cat.default, ([x, y, x], 1), {}, [torch.empty(5)])
     assert [operand.shape for operand in made.operands] == [(2, 3), (3,), (2, 3)]
-    assert made.args == ([Operand(0, (2, 3)), Operand(1, (3,)), Operand(2, (2, 3))], 1)
+    assert made.args == ([Operand(0, (2, 3)), Operand(1, (3,), torch.int64), Operand(2, (2, 3))], 1)
     assert made.outputs == ((5,),)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
-from ..notation import OpCall, OpRule
+from ..notation import OpCall, OpRule, from_notation
 
 RuleFunction = Callable[[OpCall], OpRule | None]
 _RULES: dict[str, RuleFunction] = {}
@@ -41,7 +42,7 @@ def rule_function(target: object) -> RuleFunction | None:
         return None
     name = target._schema.name
     found = _RULES.get(f"{name}.{target._overloadname}") or _RULES.get(name)
-    if found is None and torch.Tag.pointwise in target.tags:
+    if found is None and torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags:
         found = _RULES["pointwise"]
     return found
 
@@ -50,6 +51,28 @@ def find_rule(call: OpCall) -> OpRule | None:
     """The rule of one op call, None where there is none."""
     function = rule_function(call.target)
     return None if function is None else function(call)
+
+
+def numbered(count: int, letter: str = "d") -> list[str]:
+    """Names for `count` axes: `d0 d1 d2`."""
+    return [f"{letter}{position}" for position in range(count)]
+
+
+def along(call: OpCall, dims: Iterable[int], kind: str = "whole", **flags: Any) -> OpRule:
+    """The rule of an op that works along `dims` of its one operand and leaves the others alone.
+
+    Results have the operand's dims; where the size of one of `dims` changes it is an axis of its own.
+    kind: `whole` or `moved`.
+    """
+    shape = call.operands[0].shape
+    names, made = numbered(len(shape)), numbered(len(shape), "o")
+    over = {names[dim] for dim in dims}
+    groups = []
+    for result in call.outputs:
+        changed = [names[dim] in over and size != shape[dim] for dim, size in enumerate(result)]
+        groups.append(" ".join(made[dim] if new else names[dim] for dim, new in enumerate(changed)))
+        over |= {made[dim] for dim, new in enumerate(changed) if new}
+    return from_notation(f"{' '.join(names)} -> {', '.join(groups)}", call, **{kind: over}, **flags)
 
 
 for _module in pkgutil.iter_modules(__path__):

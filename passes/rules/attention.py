@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from ..notation import OpCall, OpRule, from_notation
+import torch
+
+from ..notation import Local, OpCall, OpRule, from_notation
 from . import rule
+
+aten = torch.ops.aten
 
 
 @rule("aten::scaled_dot_product_attention")
 def scaled_dot_product_attention(call: OpCall) -> OpRule | None:
     """`q[... s d], k[... t d], v[... t e], mask[... s t]`: batch, heads and queries are parallel.
 
-    With `is_causal` the mask is made from positions, which a shard of the queries would lose: s stays whole too.
+    With `is_causal` the mask is made from positions: a range of the queries sees the keys up to its last query.
     With `enable_gqa` the query heads are `(g r)`, r of them for each of the g key heads.
     """
     heads, group = "", ""
@@ -27,8 +31,33 @@ def scaled_dot_product_attention(call: OpCall) -> OpRule | None:
         if heads and (len(mask) < 3 or mask[-3] == 1):
             mask_heads = "1 " if len(mask) > 2 else ""
     text = f"... {heads}s d, ... {group}t d, ... {group}t e, ... {mask_heads}s t -> ... {heads}s e"
-    whole = {"t", "d", "e"} | ({"s"} if call["is_causal"] else set())
-    return from_notation(text, call, whole=whole, sizes=sizes, is_random=call["dropout_p"] > 0)
+    causal = call["is_causal"]
+
+    def local(emit, target, args, kwargs, here: Local):
+        if not causal or "s" not in here.sites:
+            return emit(target, *args, **kwargs)
+        start, stop = here.range("s")
+        query, *rest = args[:3]
+        seen = min(stop, here.whole_sizes.get("t", 1))
+        rest = [emit(aten.slice.Tensor, x, len(call.operands[1].shape) - 2, 0, seen) for x in rest]
+        mask = emit(aten.ones.default, [stop - start, seen], dtype=torch.bool, device=_device(query))
+        mask = emit(aten.tril.default, mask, start)
+        named = {name: call[name] for name in ("scale", "enable_gqa")}
+        return emit(target, query, *rest, mask, call["dropout_p"], False, **named)
+
+    return from_notation(
+        text,
+        call,
+        whole={"t", "d", "e"},
+        ranges=[("s",)] if causal else (),
+        sizes=sizes,
+        is_random=call["dropout_p"] > 0,
+        local=local if causal else None,
+    )
+
+
+def _device(x) -> torch.device:
+    return (x.meta["val"] if hasattr(x, "meta") else x).device
 
 
 @rule("aten::softmax", "aten::log_softmax", "aten::_softmax", "aten::_log_softmax")
