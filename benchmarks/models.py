@@ -5,9 +5,9 @@ gradients of all parameters. What is shown of each:
 
     exports     whether torch.export takes it; where not, export's own reason
     planned     whether dsp_auto plans and runs it; where not, its error in one line
-    sequences   the sequence factors that the plan shards, by the share of the activation bytes they shard
-    replicated  share of the activation bytes that stages make which run whole on every rank, and the largest one of them.
-                Activation bytes are those of the results of all stages (one an op that is no view), on one device
+    sequences   the factors that the plan shards, and how many ops run on each
+    replicated  share of the activation bytes (of the results of all ops, on one device) that ops make which run whole on every
+                rank; and the largest such op above 1%, with the reason
     deviation   of outputs and of gradients, relative, from one device; where float32 is above the tolerance, in float64 too
     bytes       wire bytes per device, and whether the ranks sent what was predicted
 
@@ -40,16 +40,11 @@ from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsp_auto import planner, verify
-from dsp_auto.errors import CaptureError, DspError, first_lines
-from dsp_auto.mesh import as_mesh
-from dsp_auto.passes.capture import capture
-from dsp_auto.passes.factorize import Factors, Op
-from dsp_auto.passes.stages import OP
+from dsp_auto import verify
+from dsp_auto.errors import CaptureError, DspError
 from tests.world import RankError, World
 from tests.zoo.public import MODELS
 
-BAR = 0.01  # of the activation bytes, for one replicated stage
 MODES = {"eval": False, "train": True}
 
 
@@ -58,17 +53,45 @@ def measure(rank: int, ranks: int, name: str, train: bool, time_limit: float) ->
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # export prints its graphs
-        row = planned(name, train, ranks, time_limit)
-        if "error" in row:
-            return row
         try:
             found = compared(name, train, ranks, time_limit, torch.float32)
             if found["output"] > verify.OUTPUT_TOLERANCE or found["gradient"] > verify.GRADIENT_TOLERANCE:
                 double = compared(name, train, ranks, time_limit, torch.float64)
                 found |= {"output_float64": double["output"], "gradient_float64": double["gradient"]}
         except DspError as error:
-            return row | {"planned": False, "error": one_line(error)}
-    return row | found
+            exports = not isinstance(error, CaptureError) or exported(name, train)
+            return {"exports": exports, "planned": False, "error": one_line(error)}
+    return found
+
+
+def compared(name: str, train: bool, ranks: int, time_limit: float, dtype: torch.dtype) -> dict[str, Any]:
+    model, args, kwargs = built(name, train, dtype)
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
+    found = verify.compare(model, mesh, args, kwargs, backward=train, time_limit=time_limit)
+    plan = found.plan
+    made = plan.activations
+    layouts: Counter[str] = Counter()
+    for stage in plan.stages:
+        layouts.update({factor: stage.ops for factor in stage.layout.values()})
+    return {
+        "exports": True,
+        "planned": True,
+        "output": found.output,
+        "gradient": found.gradient,
+        "worst": found.worst[1],
+        "ops": dict(layouts.most_common()),
+        "activation_bytes": made["bytes"],
+        "replicated": made["replicated_bytes"] / made["bytes"],
+        "above": sorted(made["large_replicated"], key=lambda entry: -entry["share"]),
+        "without_rule": dict(Counter(entry["target"] for entry in plan.without_rule)),
+        "forward_bytes": plan.communication["forward_bytes"],
+        "backward_bytes": plan.communication["backward_bytes"],
+        "peak_bytes": plan.memory["peak_bytes"],
+        "gap": plan.solver["gap"],
+        "seconds": dict(plan.seconds),
+        "plan": plan,
+        "measured": found.measured,
+    }
 
 
 def built(name: str, train: bool, dtype: torch.dtype = torch.float32) -> tuple:
@@ -81,93 +104,25 @@ def built(name: str, train: bool, dtype: torch.dtype = torch.float32) -> tuple:
     return model.train(train), args, kwargs
 
 
-def planned(name: str, train: bool, ranks: int, time_limit: float) -> dict[str, Any]:
-    """What the plan says, from the problem and its solution; or why there is no plan."""
+def exported(name: str, train: bool) -> bool:
     model, args, kwargs = built(name, train)
-    with torch.set_grad_enabled(train):
-        model(*args, **kwargs)  # an error here is the benchmark's
-        started = time.perf_counter()
-        try:
-            program = capture(model, args, kwargs)
-            options = planner.Options.of(time_limit=time_limit)
-            prepared = planner.prepare(program, as_mesh(ranks), options)
-            solution = planner.decide(prepared)
-        except DspError as error:
-            exports = not isinstance(error, CaptureError) or exported(model, args, kwargs)
-            return {"exports": exports, "planned": False, "error": one_line(error)}
-    row = {"exports": True, "planned": True, "plan_seconds": time.perf_counter() - started, "gap": solution.gap}
-    return row | replicated(prepared.problem.graph, solution.choice)
-
-
-def exported(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
     try:
-        torch.export.export(model, args, kwargs, strict=False)
+        with torch.set_grad_enabled(train):
+            torch.export.export(model, args, kwargs, strict=False)
     except Exception:
         return False
     return True
 
 
-def replicated(graph: Any, choice: tuple[int, ...]) -> dict[str, Any]:
-    """Activation bytes of a plan: all, those of each sharded factor, and the stages that run replicated."""
-    factors = graph.factors
-    total = 0
-    sharded: Counter[str] = Counter()
-    whole = []
-    for stage in graph.stages:
-        if stage.kind != OP:
-            continue
-        made = sum(factors.values[result].nbytes for result in stage.results)
-        total += made
-        chosen = next((f for f in stage.strategies[choice[stage.index]].factors if f is not None), None)
-        if chosen is not None:
-            sharded[factors.names[chosen]] += made
-        else:
-            is_choice = len({strategy.factors for strategy in stage.strategies}) > 1
-            why = "chosen" if is_choice else reason(stage.op, factors)
-            whole.append((made, {"op": str(stage.op.node.target), "module": stage.path, "why": why}))
-    total = max(total, 1)
-    above = [entry | {"share": made / total} for made, entry in whole if made > BAR * total]
-    return {
-        "activation_bytes": total,
-        "sharded": {name: made / total for name, made in sharded.most_common()},
-        "replicated": sum(made for made, _ in whole) / total,
-        "largest": max((made for made, _ in whole), default=0) / total,
-        "above": sorted(above, key=lambda entry: -entry["share"]),
-        "without_rule": dict(Counter(str(op.node.target) for op in factors.ops if op.rule is None)),
-    }
-
-
-def reason(op: Op, factors: Factors) -> str:
-    """Why an op has no strategy that shards it."""
-    if op.rule is None:
-        return "no rule"
-    if op.rule.is_random:
-        return "random"
-    own = {factor for value in (*op.operands, *op.results) for factor in factors.values[value].factors}
-    if any(factors.kinds[factor] == "sequence" and factors.sizes[factor] > 1 for factor in own):
-        return "needs its sequences whole"
-    return "has no sequence factor"
-
-
-def compared(name: str, train: bool, ranks: int, time_limit: float, dtype: torch.dtype) -> dict[str, Any]:
-    model, args, kwargs = built(name, train, dtype)
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
-    found = verify.compare(model, mesh, args, kwargs, backward=train, time_limit=time_limit)
-    communication = found.plan.communication
-    return {
-        "output": found.output,
-        "gradient": found.gradient,
-        "worst": found.worst[1],
-        "forward_bytes": communication["forward_bytes"],
-        "backward_bytes": communication["backward_bytes"],
-        "peak_bytes": found.plan.memory["peak_bytes"],
-        "plan": found.plan,
-        "measured": found.measured,
-    }
+def exports(rank: int, ranks: int, name: str, train: bool) -> bool:
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return exported(name, train)
 
 
 def one_line(error: BaseException) -> str:
-    return first_lines(error, 300).partition(": ")[2] if isinstance(error, DspError) else first_lines(error, 300)
+    text = " ".join(str(error).split())
+    return text if isinstance(error, DspError) else f"{type(error).__name__}: {text}"[:300]
 
 
 def ask(world: World, name: str, train: bool, time_limit: float) -> dict[str, Any]:
@@ -175,11 +130,14 @@ def ask(world: World, name: str, train: bool, time_limit: float) -> dict[str, An
     try:
         rows = world.run(measure, name, train, time_limit)
     except RankError as error:
-        if error.cause is None:
-            found = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-        else:
-            found = one_line(error.cause)
-        return {"planned": False, "error": found, "raised": type(error.cause).__name__}
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        own = [line for line in lines if line.startswith("File ") and ("/dsp_auto/" in line or "/passes/" in line)]
+        found = one_line(error.cause) if error.cause is not None else lines[-1][:300]
+        row = {"planned": False, "error": found, "at": own[-1].rpartition("/")[2] if own else ""}
+        try:
+            return row | {"exports": all(world.run(exports, name, train))}
+        except RankError:
+            return row
     row = dict(rows[0])
     if "measured" in row:
         plan = row.pop("plan")
@@ -227,16 +185,18 @@ def table(models: dict[str, dict[str, dict[str, Any]]]) -> str:
         if not found:
             rows.append([name, "yes" if any(row.get("exports") for row in modes.values()) else "no", "no"])
             continue
-        worst = max(found, key=lambda row: row["largest"])
+        worst = max(found, key=lambda row: row["replicated"])
+        sharded = [f"{factor} {count}" for factor, count in worst["ops"].items() if factor != "R"]
+        above = max((entry for row in found for entry in row["above"]), key=lambda e: e["share"], default=None)
         by_mode = {mode: row for mode, row in modes.items() if "output" in row}
         rows.append(
             [
                 name,
                 "yes",
                 "yes" if len(found) == len(modes) else " ".join(by_mode) + " only",
-                ", ".join(f"{factor} {share:.0%}" for factor, share in list(worst["sharded"].items())[:2]),
+                ", ".join(sharded[:2]) + (", …" if len(sharded) > 2 else ""),
                 f"{worst['replicated']:.1%}",
-                f"{worst['largest']:.1%}" + (f" {worst['above'][0]['op']}: {worst['above'][0]['why']}" if worst["above"] else ""),
+                f"{above['share']:.1%} {above['target']}: {above['why']}"[:70] if above else "",
                 len({op for row in found for op in row["without_rule"]}),
                 f"{max(row['output'] for row in found):.0e}",
                 f"{by_mode['train']['gradient']:.0e}" if "train" in by_mode else "",
@@ -244,8 +204,18 @@ def table(models: dict[str, dict[str, dict[str, Any]]]) -> str:
                 "" if all(row["bytes_agree"] for row in found) else "differ",
             ]
         )
-    headers = ["model", "exports", "planned", "sequences", "replicated", "largest", "no rule", "output", "gradient", "bytes", ""]
-    return tabulate.tabulate(rows, headers, disable_numparse=True)
+    headers = "model exports planned sequences replicated largest norule output gradient bytes".split()
+    return tabulate.tabulate(rows, [*headers, ""], disable_numparse=True)
+
+
+def failures(models: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """One line for each model and reason."""
+    lines = []
+    for name, modes in models.items():
+        reasons = {row["error"]: mode for mode, row in modes.items() if "error" in row}
+        both = len(reasons) == 1 and all("error" in row for row in modes.values())
+        lines += [f"{name}{'' if both else f' ({mode})'}: {why}" for why, mode in reasons.items()]
+    return lines
 
 
 def main() -> None:
@@ -258,6 +228,8 @@ def main() -> None:
     options = parser.parse_args()
     names = [name for name in MODELS if any(part in name for part in options.only)]
     models: dict[str, dict[str, dict[str, Any]]] = {}
+    where = {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"cpus": os.cpu_count()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     world = World(options.ranks, options.timeout)
     try:
@@ -265,20 +237,16 @@ def main() -> None:
             models[name] = {mode: ask(world, name, train, options.time_limit) for mode, train in MODES.items()}
             state = {mode: row.get("error", "ok") for mode, row in models[name].items()}
             print(f"{time.perf_counter() - started:.0f} s {name}: {state}", file=sys.stderr, flush=True)
+            found = {"ranks": options.ranks, "shares": summary(models), "models": models}
+            options.out.write_text(json.dumps(where | found, indent=1) + "\n")  # a long run keeps what it has
     finally:
         world.stop()
     print(f"{len(names)} models on {options.ranks} ranks, {time.perf_counter() - started:.0f} s\n")
     print(table(models))
-    failed = {name: next((r["error"] for r in modes.values() if "error" in r), None) for name, modes in models.items()}
     print("\nwhy a model is not exported, planned or run:\n")
-    print("\n".join(f"{name}: {why}" for name, why in failed.items() if why) or "none")
-    shares = summary(models)
+    print("\n".join(failures(models)) or "none")
     print()
-    print(tabulate.tabulate(shares, headers="keys", floatfmt=".0%"))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    where = {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"cpus": os.cpu_count()}
-    found = {"ranks": options.ranks, "bar": BAR, "shares": shares, "models": models}
-    options.out.write_text(json.dumps(where | found, indent=1) + "\n")
+    print(tabulate.tabulate(summary(models), headers="keys", floatfmt=".0%"))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from .errors import (
     LayoutError,
     MeshError,
     NoShardableFactorError,
+    ProofError,
     RuleError,
     StrategyError,
 )
 from .parallelize import ParallelModule, parallelize
+from .passes.register import register_rule
 from .plan import Plan
 from .planner import plan
 
@@ -25,8 +27,10 @@ __all__ = [
     "NoShardableFactorError",
     "ParallelModule",
     "Plan",
+    "ProofError",
     "RuleError",
     "StrategyError",
     "parallelize",
     "plan",
+    "register_rule",
 ]

@@ -1,4 +1,4 @@
-"""`dsp-auto`: explain a plan, or show on this computer that it is right."""
+"""`dsp-auto`: explain a plan, show on this computer that it is right, or tell the rule of an op."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ def demo(options: argparse.Namespace) -> int:
     return 0 if run(options.ranks, _arguments(options.argument)) else 1
 
 
+def rules(options: argparse.Namespace) -> int:
+    from .show_rules import list_rules, show_rules
+
+    with contextlib.redirect_stdout(sys.stderr):
+        for place in options.imports:
+            _load_module(place)
+        with torch.set_grad_enabled(not options.inference):
+            shown = show_rules(options.op, options.example) if options.op else list_rules()
+    print(shown)
+    return 0
+
+
 def _plan(options: argparse.Namespace) -> Plan:
     arguments, dim_names = _arguments(options.argument), _pairs("--dim-names", options.dim_names)
     factory = _load(options.target)
@@ -74,10 +86,7 @@ def _load(target: str) -> Callable[..., Any]:
     place, _, name = target.rpartition(":")
     if not place or not name:
         raise DspError(asked=f"target {target!r}", found="no factory is named", remedy="write it as module:factory")
-    try:
-        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
-        raise DspError(asked=f"cannot import {place}", found=_reason(error)) from error
+    module = _load_module(place)
     try:
         factory = getattr(module, name)
     except AttributeError as error:
@@ -85,6 +94,14 @@ def _load(target: str) -> Callable[..., Any]:
     if not callable(factory):
         raise DspError(asked=f"target {target!r}", found=f"{name} is a {type(factory).__name__}, not a function")
     return factory
+
+
+def _load_module(place: str) -> Any:
+    """`package.module` or `path/to/file.py`."""
+    try:
+        return _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
+        raise DspError(asked=f"cannot import {place}", found=_reason(error)) from error
 
 
 def _import_module(name: str) -> Any:
@@ -200,11 +217,29 @@ def _parser() -> argparse.ArgumentParser:
     entry.set_defaults(run=demo)
     entry.add_argument("--ranks", type=int, default=4, help="processes (4)")
     _add_arguments(entry, "of examples.transformer_2d.build")
+
+    entry = commands.add_parser("rules", help="print which dims of an op may be shared out", description=_RULES)
+    entry.set_defaults(run=rules)
+    entry.add_argument("op", nargs="?", metavar="OP", help='"aten::softmax" or "my::op.overload"; all ops without it')
+    entry.add_argument(
+        "--import",
+        dest="imports",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULE",
+        help="modules that define ops or register rules: package.module or path/to/file.py",
+    )
+    entry.add_argument("--example", help='a call: sizes of tensors and other arguments, "2x5x8, 2x7x8:bfloat16, dim=1"')
+    entry.add_argument("--inference", action="store_true", help="look for a rule without gradients")
     return parser
 
 
 _EXPLAIN = """Plan TARGET's model on fake tensors: no weights, no GPU, no processes, whatever the size of the mesh.
 TARGET names a function that returns (model, args, kwargs)."""
+
+_RULES = """Print the rule of OP and where it comes from: written in dsp_auto, registered by a user, or found by running the op
+on the sizes of the example and others."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser, whose: str) -> None:

@@ -21,6 +21,7 @@ from .agreement import Agreement
 from .errors import DspError, LayoutError, MeshError
 from .mesh import as_mesh
 from .passes.capture import Program, capture, ordered_kwargs
+from .passes.checkpointing import local_module
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .primitives import before_first_collective
@@ -260,7 +261,7 @@ class ParallelModule(nn.Module):
         coordinate = tuple(state.mesh.get_coordinate() or (0,) * state.mesh.ndim)
         groups = [state.mesh.get_group(m).group_name if dist.is_initialized() else "" for m in range(state.mesh.ndim)]
         plan, graph = agreement.together(lambda: finish(ready, solution, coordinate, groups))
-        module = fx.GraphModule(ready.program.module, graph)
+        module = local_module(graph, ready.program.module)
         agreement.check(
             plan.digest + str(ready.program.graph),
             lambda: f"torch {torch.__version__}, plan {plan.digest[:12]}, {len(ready.program.graph.nodes)} nodes",

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from .errors import DspError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ class Plan:
     factors: name, size and kind of every factor that is not a feature.
     activations: bytes that all ops make (whole), bytes of those that run replicated, and the ops among these that make more
         than 1% of all, with the reason.
-    without_rule: ops that no rule covers and that therefore run replicated. random: ops that draw random numbers and run
-        replicated, so that all ranks draw the same.
+    rules: of ops whose rule is not one of dsp_auto's: the op, its rule, and whether a user `registered` it or it was
+        `found` by running the op.
+    without_rule: ops that no rule covers and that therefore run replicated, and why none does. random: ops that draw random
+        numbers and run replicated, so that all ranks draw the same.
     seconds: what making the plan took. solver: what the solver said; bytes, or seconds for the objective "time".
     """
 
@@ -74,6 +76,7 @@ class Plan:
     memory: Mapping[str, Any]
     activations: Mapping[str, Any]
     factors: tuple[Mapping[str, Any], ...]
+    rules: tuple[Mapping[str, Any], ...]
     without_rule: tuple[Mapping[str, Any], ...]
     random: tuple[Mapping[str, Any], ...]
     seconds: Mapping[str, float]
@@ -115,7 +118,7 @@ class Plan:
                 )
                 for stage in data.pop("stages")
             )
-            lists = {name: tuple(data.pop(name)) for name in ("factors", "without_rule", "random")}
+            lists = {name: tuple(data.pop(name)) for name in ("factors", "rules", "without_rule", "random")}
             return cls(stages=stages, **lists, **data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DspError(asked="this is no plan", found=f"{type(error).__name__}: {error}") from error
@@ -174,9 +177,10 @@ class Plan:
             for entry in sorted(large, key=lambda entry: -entry["share"])[:8]:
                 place = f" in {entry['path']}" if entry["path"] else ""
                 lines.append(f"    {entry['share']:.1%}  {entry['target']}{place}: {entry['why']}")
+        lines += [f"rule {rule['origin']}: {rule['target']}  {rule['rule']}" for rule in self.rules]
         for reason, entries in (("no rule", self.without_rule), ("random", self.random)):
             if entries:
-                names = sorted({entry["target"] for entry in entries})
+                names = sorted({entry["target"] + (f": {entry['why']}" if "why" in entry else "") for entry in entries})
                 cost = sum(entry["bytes"] for entry in entries)
                 lines.append(f"{reason}, run replicated: {', '.join(names)} ({_bytes(cost)} on every device)")
         return "\n".join(lines)

@@ -20,6 +20,7 @@ from .errors import DspError
 from .measure import CountCollectives
 from .mesh import Mesh, as_mesh
 from .passes.capture import Program, capture, ordered_kwargs
+from .passes.checkpointing import local_module
 from .passes.factorize import ValueId, value_id
 from .passes.layout import Layout, Shard
 from .passes.stages import StageGraph
@@ -94,7 +95,7 @@ def rehearse(
     parts = _Parts.of(program, problem.graph, lambda value: problem.made(value, solution.choice))
     coordinates = [mesh.coordinate(rank) for rank in range(mesh.ranks)]
     written = [finish(prepared, solution, own, _lines(mesh, own)) for own in coordinates]
-    local = [fx.GraphModule(program.module, graph).forward for _, graph in written]
+    local = [local_module(graph, program.module).forward for _, graph in written]
     wanted = [isinstance(value, Tensor) and value.requires_grad for value in values]
 
     with torch.random.fork_rng(devices=[]):

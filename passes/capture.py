@@ -19,11 +19,13 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import traceback
 from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import CaptureError, first_lines
 
 from .check_gradients import check_gradients, unchanged
+from .checkpointing import kept, marking, region
 from .propagate import Saved, propagate
 
 aten = torch.ops.aten
@@ -48,7 +50,8 @@ class Program:
     out_spec: pytree.TreeSpec
     mutated: tuple[tuple[str, str], ...]  # (kind, name) written back from the first outputs
     training: bool  # gradients will be asked for
-    saved: Mapping[str, Saved]  # per op node
+    saved: Mapping[str, Saved]  # per op node, what is kept for backward
+    recomputed: Mapping[int, tuple[Saved, ...]] = field(default_factory=dict)  # per checkpoint, what its ops save meanwhile
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -85,6 +88,8 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
         exported = exported.run_decompositions({aten.copy.default: _copy})
         _compose(exported.graph_module.graph)
     module = exported.graph_module
+    _write_out_shapes(module.graph)
+    _drop_empty_parts(module.graph)
     inputs = _inputs(exported)
     mutated = _mutated(exported)
     _drop_assertions(module.graph)
@@ -100,9 +105,18 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
         out_spec=exported.call_spec.out_spec,
         mutated=mutated,
         training=training,
-        saved=saved,
+        saved=kept(module.graph, saved),
+        recomputed=_recomputed(module.graph, saved),
         seconds={"export": exported_at - started, "capture": time.perf_counter() - started},
     )
+
+
+def _recomputed(graph: fx.Graph, saved: Mapping[str, Saved]) -> dict[int, tuple[Saved, ...]]:
+    found: dict[int, tuple[Saved, ...]] = {}
+    for node in graph.nodes:
+        if region(node) is not None and node.name in saved:
+            found[region(node)] = (*found.get(region(node), ()), saved[node.name])
+    return found
 
 
 def _check_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -152,7 +166,12 @@ def _without_meta(model: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Modul
 
 def _export(model: nn.Module, args: tuple, kwargs: dict) -> torch.export.ExportedProgram:
     try:
-        return torch.export.export(model, args, kwargs, strict=False)
+        with marking() as marks:
+            exported = torch.export.export(model, args, kwargs, strict=False)
+            if marks.count and torch.is_grad_enabled():
+                with traceback.preserve_node_meta():  # which keeps the marks, and takes a little longer
+                    exported = torch.export.export(model, args, kwargs, strict=False)
+        return exported
     except Exception as error:
         reason = first_lines(error)
         where = _failing_module(model, args, kwargs)
@@ -263,6 +282,55 @@ def _compose(graph: fx.Graph) -> None:
             user.replace_all_uses_with(new)
             graph.erase_node(user)
         graph.erase_node(node)
+
+
+def _write_out_shapes(graph: fx.Graph) -> None:
+    """Where an op reads only the shape or the dtype of an operand, it takes them as they are, and not the operand: that may
+    have any layout then, and waits for no gradient."""
+    for node in list(graph.nodes):
+        if node.target not in _READ_ONLY_SHAPE:
+            continue
+        target, arguments = _READ_ONLY_SHAPE[node.target](node, node.meta["val"])
+        with graph.inserting_before(node):
+            new = graph.call_function(target, *arguments)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _filled(value: float) -> Any:
+    return lambda node, made: (
+        aten.full.default,
+        ((list(made.shape), value), {"dtype": made.dtype, "device": made.device}),
+    )
+
+
+_READ_ONLY_SHAPE = {
+    aten.view_as.default: lambda node, made: (aten.view.default, ((node.args[0], list(made.shape)),)),
+    aten.reshape_as.default: lambda node, made: (aten.reshape.default, ((node.args[0], list(made.shape)),)),
+    aten.expand_as.default: lambda node, made: (aten.expand.default, ((node.args[0], list(made.shape)),)),
+    aten.type_as.default: lambda node, made: (aten.to.dtype, ((node.args[0], made.dtype),)),
+    aten.zeros_like.default: _filled(0),
+    aten.ones_like.default: _filled(1),
+    aten.new_zeros.default: _filled(0),
+    aten.new_ones.default: _filled(1),
+}
+
+
+def _drop_empty_parts(graph: fx.Graph) -> None:
+    """A tensor without elements adds nothing to what it is joined with, and has no layout."""
+    for node in graph.nodes:
+        if node.target is not aten.cat.default:
+            continue
+        full = [part for part in node.args[0] if 0 not in part.meta["val"].shape]
+        if full and len(full) < len(node.args[0]) and len({part.meta["val"].dtype for part in node.args[0]}) == 1:
+            node.args = (full, *node.args[1:])
+    graph.eliminate_dead_code(is_impure_node=_matters)
+
+
+def _matters(node: fx.Node) -> bool:
+    """Whether a node does something even where nobody uses its results: the random numbers after it are others."""
+    return node.is_impure() or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 _KINDS = {

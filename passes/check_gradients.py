@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import CaptureError, first_lines
 
+from .checkpointing import marking
+
 
 def _graph_leaves(outputs: list[Any]) -> tuple[set[int], set[str]]:
     """Ids of the leaves that gradients reach from `outputs`, and the names of custom autograd functions on the way."""
@@ -114,7 +116,8 @@ def check_gradients(
     with mode, _on_fakes(model, fakes) as held, torch.enable_grad():
         call = pytree.tree_map_only(torch.Tensor, lambda t: _fake(t, fakes), (args, kwargs))
         try:
-            result = model(*call[0], **call[1])
+            with marking():
+                result = model(*call[0], **call[1])
         except Exception as error:
             raise CaptureError(
                 asked="cannot check that the captured graph keeps the model's gradients",
@@ -122,13 +125,6 @@ def check_gradients(
                 remedy="keep values of tensors out of Python code in forward()",
             ) from error
     model_leaves, custom = _graph_leaves(pytree.tree_leaves(result))
-    if custom == {"CheckpointFunction"}:
-        raise CaptureError(
-            asked="cannot capture the model for training",
-            found="it uses torch.utils.checkpoint with use_reentrant=True, whose forward torch.export takes without gradients",
-            where=_module_of_function(model, {"checkpoint", "checkpoint_sequential"}) or None,
-            remedy="pass use_reentrant=False",
-        )
     if custom:
         raise CaptureError(
             asked="cannot capture the model for training",

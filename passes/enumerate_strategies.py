@@ -24,10 +24,10 @@ from dsp_auto.mesh import Mesh
 from .factorize import Cut, Factors, Op
 from .layout import Layout, P, Placement, R, Shard, V
 
-# The kinds of factor that each preset may shard.
-PRESETS: Mapping[str, frozenset[str]] = {
-    "dsp": frozenset({"sequence"}),
-    "auto": frozenset({"sequence"}),
+# The kinds of factor that each preset may shard; the next set where none of a set is long enough for a mesh dim.
+PRESETS: Mapping[str, tuple[frozenset[str], ...]] = {
+    "dsp": (frozenset({"sequence"}),),
+    "auto": (frozenset({"sequence"}), frozenset({"sequence", "batch", "feature"})),
 }
 
 
@@ -60,21 +60,24 @@ def shardable_factors(factors: Factors, mesh: Mesh, strategy: str) -> tuple[froz
     Raises NoShardableFactorError where the model has none of the kind, MeshError where each is shorter than the mesh dim.
     """
     check_preset(strategy)
-    kinds = PRESETS[strategy]
-    splittable = {factor for op in factors.ops for cut in op.cuts for factor in op.factors(cut)}
-    wanted = [factor for factor, kind in factors.kinds.items() if kind in kinds and factor in splittable]
     if mesh.ranks == 1:
         return tuple(frozenset() for _ in mesh.sizes)
-    if not wanted:
-        raise NoShardableFactorError(
-            asked=f"strategy {strategy!r} over mesh {mesh}",
-            found=f"the model has no {' or '.join(sorted(kinds))} factor that any op computes in parallel (its factors: "
-            f"{_describe(factors, list(factors.kinds))})",
-            remedy="this model has nothing to share out along a sequence; use data parallelism",
-        )
+    splittable = {factor for op in factors.ops for cut in op.cuts for factor in op.factors(cut)}
     found = []
     for name, size in zip(mesh.names, mesh.sizes, strict=True):
-        fitting = frozenset(factor for factor in wanted if factors.sizes[factor] >= size) if size > 1 else frozenset()
+        fitting: frozenset[int] = frozenset()
+        for kinds in PRESETS[strategy] if size > 1 else ():
+            wanted = [factor for factor, kind in factors.kinds.items() if kind in kinds and factor in splittable]
+            fitting = frozenset(factor for factor in wanted if factors.sizes[factor] >= size)
+            if fitting:
+                break
+        if size > 1 and not wanted:
+            raise NoShardableFactorError(
+                asked=f"strategy {strategy!r} over mesh {mesh}",
+                found=f"the model has no {' or '.join(sorted(kinds))} factor that any op computes in parallel (its factors: "
+                f"{_describe(factors, list(factors.kinds))})",
+                remedy="this model has nothing to share out along a sequence; use data parallelism",
+            )
         if size > 1 and not fitting:
             longest = max(wanted, key=lambda factor: factors.sizes[factor])
             raise MeshError(

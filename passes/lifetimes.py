@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .capture import Program
+from .checkpointing import region
 from .factorize import ValueId
-from .stages import OP, StageGraph, Use
+from .stages import OP, Stage, StageGraph, Use
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,23 @@ def lifetimes(program: Program, graph: StageGraph) -> tuple[Point, ...]:
                 for s in by_birth.get(here, ())
                 if last.get(s, 0) > here and graph.storages[s].root.requires_grad
             }
+            gradients += _recomputed(program, graph, stage)
             points.append(Point(here, "backward", (), tuple(gradients)))
     return tuple(points)
+
+
+def _recomputed(program: Program, graph: StageGraph, stage: Stage) -> list[Term]:
+    """In the backward of a checkpoint: all that its ops save, and that is not kept anyway."""
+    found: dict[Term, None] = {}
+    for saved in program.recomputed.get(region(stage.op.node), ()):
+        for value in saved.values:
+            storage = graph.views[value][0] if value in graph.views else None
+            maker = graph.stages[graph.storages[storage].maker] if storage is not None else None
+            if maker is not None and maker.op is not None and region(maker.op.node) == region(stage.op.node):
+                found[Made(storage)] = None
+        if saved.internal_bytes:
+            found[Internal(stage.index, saved.internal_bytes)] = None
+    return list(found)
 
 
 def _is_held(use: Use, holders: dict) -> bool:

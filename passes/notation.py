@@ -202,7 +202,7 @@ class Local:
 
     def window(self, emit: Emit, x: Any, window: Window) -> Any:
         """`x`, an operand that holds this rank's part of the window's source, becomes what this rank needs of it."""
-        size, held = self.whole_sizes[window.source], self.sites.get(window.source)
+        size, held = self.whole_sizes.get(window.source, 1), self.sites.get(window.source)
         start, stop = window.needs(*self.range(window.target))
         if held is not None:
             needed = [window.needs(*part) for part in self.sites[window.target].ranges]
@@ -425,14 +425,18 @@ def from_notation(
         done.append(tuple(fixed))
     axes = {axis: size for axis, size in known.items() if size != 1}
     count = len(operands)
+    groups = [tuple(dict.fromkeys(group)) for group in ranges]
+    whole_groups = tuple(group for group in groups if axes.keys() >= set(group))
+    # A group with an axis of size one cannot be cut, and its other axes not by themselves.
+    stuck = {axis for group in groups for axis in group} - {axis for group in whole_groups for axis in group}
     return OpRule(
         inputs=tuple(done[:count]),
         outputs=tuple(done[count:]),
         sizes=axes,
         whole=frozenset(whole) & axes.keys(),
-        moved=frozenset(moved) & axes.keys(),
+        moved=(frozenset(moved) | stuck) & axes.keys(),
         reduces=frozenset(reduces) & axes.keys(),
-        ranges=tuple(tuple(dict.fromkeys(group)) for group in ranges if axes.keys() >= set(group)),
+        ranges=whole_groups,
         combines={axis: statistics for axis, statistics in (combines or {}).items() if axis in axes},
         **flags,
     )

@@ -9,11 +9,13 @@ hold must come together to what one device computes:
 The second line is the algebra of layouts: an operand that lacks a sharded axis is Replicate with a Partial gradient.
 An axis may be merged from several factors, any one of which is shared out, so its minor part is cut as well; an axis that
 may only be cut into ranges is cut in whole units too. Ops that communicate by themselves do so between simulated ranks.
-Nothing here needs a rule that somebody wrote: `difference` tries one axis of any rule, guessed ones too.
+Nothing here needs a rule that somebody wrote: `difference` tries any cut of any rule, guessed ones too; and several cuts
+at once, as on a mesh of several dims.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from dsp_auto import simulate
 from dsp_auto.errors import ProofError
 from dsp_auto.shards import shard_range
 
-from .notation import Dim, OpCall, OpRule, Site
+from .notation import Dim, Local, OpCall, OpRule, Site
 from .rules import find_rule
 
 # Largest difference allowed, relative to the largest element of the whole result or of a part (or to 1).
@@ -119,63 +121,83 @@ def prove(
     for group in rule.cuts():
         for count in ranks:
             for seen in _ways_to_see(rule, group, count):
-                problem = difference(example, rule, group, count, seen)
+                problem = difference(example, rule, Cut(count, seen))
                 if problem:
-                    raise ProofError(asked=f"{shown} cannot shard {_show(rule, seen)} over {count} ranks", found=problem)
+                    raise ProofError(
+                        asked=f"{shown} cannot shard {_show(rule, seen)} over {count} ranks", found=problem
+                    )
                 shown_group = " ".join(group)
                 if count not in proven.get(shown_group, ()):
                     proven[shown_group] = (*proven.get(shown_group, ()), count)
     return Proof(str(target), rule, tuple(proven.items()))
 
 
-def difference(
-    example: Example, rule: OpRule, group: tuple[str, ...], ranks: int, seen: Mapping[str, Seen] | None = None
-) -> str | None:
-    """What goes wrong where the axes of `group` are shared out over `ranks`; None where the shards keep the rule's promise.
+Seen = tuple[int, int, int]  # an axis as (outer, lead, unit): what is cut is its middle part
 
-    seen: what of each axis is cut, as where it merges factors; the whole of it where nothing is said.
+
+@dataclass(frozen=True)
+class Cut:
+    """What one mesh dim of `ranks` cuts of an op: some axes together, each in its lead part."""
+
+    ranks: int
+    seen: Mapping[str, Seen]
+
+
+def difference(example: Example, rule: OpRule, *cuts: Cut) -> str | None:
+    """What goes wrong where ranks cut the op so; None where the shards keep the rule's promise.
+
+    Several cuts are those of the dims of one mesh, each of what the ones before it leave.
     """
-    cut = _Cut(rule.sizes, ranks, seen or {axis: (1, rule.sizes[axis], 1) for axis in group})
-    leaves = [
-        _leaves(
-            [cut.part(x, dims, rank) for x, dims in zip(example.operands, rule.inputs, strict=True)], example.operands
+    grid = list(itertools.product(*(range(cut.ranks) for cut in cuts)))
+    shards = {at: _Shard.of(rule, cuts, at) for at in grid}
+    leaves = {
+        at: _leaves(
+            [shard.part(x, dims) for x, dims in zip(example.operands, rule.inputs, strict=True)], example.operands
         )
-        for rank in range(ranks)
-    ]
+        for at, shard in shards.items()
+    }
 
     def on_rank(rank: int) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, ...]] | str:
-        here = rule.on_rank(*cut.here(rank))
+        at = grid[rank]
+        here = shards[at].here(rule)
         try:
-            args, kwargs = _replaced(example.args, example.kwargs, leaves[rank])
+            args, kwargs = _replaced(example.args, example.kwargs, leaves[at])
             own = _tensors(rule.call(_run, example.target, args, kwargs, here))
         except Exception as error:  # any op may refuse a shard in its own way
             return f"the call on rank {rank} fails: {error}"
         shapes = tuple(tuple(result.shape) for result in own)
         if shapes != here.outputs:
             return f"rank {rank} makes results of shapes {_shapes(own)} where the rule says {list(here.outputs)}"
+        dtypes = [result.dtype for result in own]
+        if dtypes != [result.dtype for result in example.results]:
+            return f"rank {rank} makes results of {dtypes} where the op makes {[r.dtype for r in example.results]}"
         cotangents = [
-            None if whole is None else cut.part(whole, dims, rank)
+            None if whole is None else shards[at].part(whole, dims)
             for whole, dims in zip(example.cotangents, rule.outputs, strict=True)
         ]
         if [result.requires_grad for result in own] != [cotangent is not None for cotangent in cotangents]:
             return f"on rank {rank} other results have a gradient than in the whole call"
-        return [result.detach() for result in own], _backward(own, cotangents, leaves[rank])
+        return [result.detach() for result in own], _backward(own, cotangents, leaves[at])
 
     if rule.windows or rule.combines:
-        found = simulate.run(ranks, on_rank)
+        found = simulate.run(len(grid), on_rank)
     else:
-        found = [on_rank(rank) for rank in range(ranks)]
+        found = [on_rank(rank) for rank in range(len(grid))]
     for outcome in found:
         if isinstance(outcome, str):
             return outcome
     results, gradients = zip(*found)
-    alike = not rule.reduces.intersection(group) and not rule.combines.keys().isdisjoint(group)
+
+    def compare(
+        own: Sequence[torch.Tensor], whole: torch.Tensor, dims: Sequence[Dim], alike: Sequence[bool]
+    ) -> str | None:
+        wholes = _together(dict(zip(grid, own, strict=True)), shards, cuts, dims, alike)
+        return next(filter(None, (_compare(made, whole, own, example.tolerance) for made in wholes)), None)
+
+    # Where the ranks combine what they compute, results without the axis are the same on all of them.
+    alike = [rule.reduces.isdisjoint(cut.seen) and not rule.combines.keys().isdisjoint(cut.seen) for cut in cuts]
     for index, (whole, dims) in enumerate(zip(example.results, rule.outputs, strict=True)):
-        own = [of_rank[index] for of_rank in results]
-        if alike and not cut.cuts(dims):
-            problem = next(filter(None, (_compare(part, whole, [part], example.tolerance) for part in own)), None)
-        else:
-            problem = _compare(cut.together(own, dims, whole.shape), whole, own, example.tolerance)
+        problem = compare([of_rank[index] for of_rank in results], whole, dims, alike)
         if problem:
             return f"result {index} {problem}"
     for index, (whole, dims) in enumerate(zip(example.gradients, rule.inputs, strict=True)):
@@ -188,51 +210,98 @@ def difference(
                 f"operand {index} has a gradient, and none on rank {missing[0]}: "
                 "collectives in backward would wait for that rank forever"
             )
-        problem = _compare(cut.together(own, dims, whole.shape), whole, own, example.tolerance)
+        problem = compare(own, whole, dims, [False] * len(cuts))
         if problem:
             return f"the gradient of operand {index} {problem}"
     return None
 
 
-Seen = tuple[int, int, int]  # an axis as (outer, cut, unit): what is cut is its middle part
+@dataclass(frozen=True)
+class _Shard:
+    """One rank's part of an op that is cut: where it stands in each cut, and what each cut finds."""
+
+    at: tuple[int, ...]
+    slices: tuple[_Slice, ...]
+
+    @classmethod
+    def of(cls, rule: OpRule, cuts: Sequence[Cut], at: tuple[int, ...]) -> _Shard:
+        sizes, slices = rule.sizes, []
+        for cut, rank in zip(cuts, at, strict=True):
+            slices.append(_Slice(sizes, cut))
+            sizes = {**sizes, **slices[-1].sizes_on(rank)}
+        return cls(at, tuple(slices))
+
+    def here(self, rule: OpRule) -> Local:
+        sizes, starts, sites = {}, {}, []
+        for mesh_dim, (own, rank) in enumerate(zip(self.slices, self.at, strict=True)):
+            others = self.at[:mesh_dim] + self.at[mesh_dim + 1 :]
+            sizes |= own.sizes_on(rank)
+            for axis, (_, lead, unit) in own.cut.seen.items():
+                starts[axis] = starts.get(axis, 0) + shard_range(lead, own.cut.ranks, rank)[0]
+                sites.append((axis, Site(own.cut.ranks, rank, f"{mesh_dim} of {others}", lead, unit)))
+        return rule.on_rank(sizes, starts, sites)
+
+    def part(self, tensor: torch.Tensor, dims: Sequence[Dim]) -> torch.Tensor:
+        """This rank's shard of a whole tensor."""
+        for own, rank in zip(self.slices, self.at, strict=True):
+            tensor = own.part(tensor, dims, rank)
+        return tensor
+
+
+def _together(
+    parts: Mapping[tuple[int, ...], torch.Tensor],
+    shards: Mapping[tuple[int, ...], _Shard],
+    cuts: Sequence[Cut],
+    dims: Sequence[Dim],
+    alike: Sequence[bool],
+    at: tuple[int, ...] = (),
+) -> list[torch.Tensor]:
+    """What the parts of the ranks whose place begins with `at` make: where they should be alike, by any of them."""
+    if len(at) == len(cuts):
+        return [parts[at]]
+    own = [_together(parts, shards, cuts, dims, alike, (*at, rank)) for rank in range(cuts[len(at)].ranks)]
+    cut = next(shard.slices[len(at)] for place, shard in shards.items() if place[: len(at)] == at)
+    if alike[len(at)] and not cut.reaches(dims):
+        return [made for of_rank in own for made in of_rank]
+    return [cut.together(made, dims) for made in zip(*own, strict=True)]
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """Axes, each seen as `(outer, lead, unit)`, with their `lead` parts cut over `ranks`."""
+class _Slice:
+    """One cut of what has `sizes` of the axes."""
 
     sizes: Mapping[str, int]
-    ranks: int
-    seen: Mapping[str, Seen]
+    cut: Cut
 
-    def here(self, rank: int) -> tuple[dict[str, int], dict[str, int], list[tuple[str, Site]]]:
-        """Sizes, starts and sites of one rank, as `OpRule.on_rank` takes them."""
-        sizes, starts, sites = {}, {}, []
-        for axis, (outer, lead, unit) in self.seen.items():
-            start, length = shard_range(lead, self.ranks, rank)
-            sizes[axis], starts[axis] = outer * length * unit, start
-            sites.append((axis, Site(self.ranks, rank, "", lead, unit)))
-        return sizes, starts, sites
+    def sizes_on(self, rank: int) -> dict[str, int]:
+        """A rank's sizes of the axes that are cut."""
+        return {
+            axis: outer * shard_range(lead, self.cut.ranks, rank)[1] * unit
+            for axis, (outer, lead, unit) in self.cut.seen.items()
+        }
 
-    def cuts(self, dims: Sequence[Dim]) -> bool:
-        return any(axis in self.seen for dim in dims for axis in dim)
+    def reaches(self, dims: Sequence[Dim]) -> bool:
+        return any(axis in self.cut.seen for dim in dims for axis in dim)
 
     def part(self, tensor: torch.Tensor, dims: Sequence[Dim], rank: int) -> torch.Tensor:
         """One rank's shard of `tensor`; all of it where it does not have the axis."""
         shape, place, axis = self._apart(tensor.shape, dims)
         if place is None:
             return tensor
-        start, length = shard_range(shape[place], self.ranks, rank)
         lead = shape[place]
+        start, length = shard_range(lead, self.cut.ranks, rank)
         merged = [n // lead * length if axis in dim else n for dim, n in zip(dims, tensor.shape)]
         return tensor.reshape(shape).narrow(place, start, length).reshape(merged)
 
-    def together(self, parts: Sequence[torch.Tensor], dims: Sequence[Dim], shape: Sequence[int]) -> torch.Tensor:
-        """What the ranks' parts of a tensor of `shape` make: side by side along the axis, or their sum without it."""
-        apart, place, _ = self._apart(shape, dims)
-        if place is None:
+    def together(self, parts: Sequence[torch.Tensor], dims: Sequence[Dim]) -> torch.Tensor:
+        """What the ranks' parts of a tensor make: side by side along the axis, or their sum without it."""
+        if not self.reaches(dims):
             return torch.stack([part.double() if part.is_floating_point() else part for part in parts]).sum(0)
-        lengths = [shard_range(apart[place], self.ranks, rank)[1] for rank in range(self.ranks)]
+        shape = [
+            math.prod(self.sizes[axis] for axis in dim) if dim else size for dim, size in zip(dims, parts[0].shape)
+        ]
+        apart, place, _ = self._apart(shape, dims)
+        lengths = [shard_range(apart[place], self.cut.ranks, rank)[1] for rank in range(self.cut.ranks)]
         shapes = [[*apart[:place], length, *apart[place + 1 :]] for length in lengths]
         return torch.cat([part.reshape(own) for part, own in zip(parts, shapes, strict=True)], place).reshape(shape)
 
@@ -241,13 +310,13 @@ class _Cut:
         found: list[int] = []
         place, cut_axis = None, ""
         for dim, size in zip(dims, shape, strict=True):
-            if place is not None or not any(axis in self.seen for axis in dim):
+            if place is not None or not any(axis in self.cut.seen for axis in dim):
                 found.append(size)
                 continue
             for name in dim:
-                if name in self.seen and place is None:
+                if name in self.cut.seen and place is None:
                     place, cut_axis = len(found) + 1, name
-                    found += self.seen[name]
+                    found += self.cut.seen[name]
                 else:
                     found.append(self.sizes[name])
         return found, place, cut_axis
@@ -341,9 +410,7 @@ def _backward(results, cotangents, leaves: Sequence[torch.Tensor]) -> tuple[torc
     return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
 
 
-def _compare(
-    own: torch.Tensor, whole: torch.Tensor, parts: Sequence[torch.Tensor], tolerance: float
-) -> str | None:
+def _compare(own: torch.Tensor, whole: torch.Tensor, parts: Sequence[torch.Tensor], tolerance: float) -> str | None:
     if not (whole.is_floating_point() or whole.is_complex()):
         count = (own != whole).sum().item()
         return f"differs in {count} of {whole.numel()} elements" if count else None

@@ -23,6 +23,7 @@ from dsp_auto.shards import shard_range
 
 from .buckets import Bucket
 from .capture import Program
+from .checkpointing import region
 from .factorize import Cut, Op, ValueId, is_tensor, value_id
 from .layout import Layout, Replicate, Shard, Step
 from .notation import Emit, Local, Site
@@ -129,7 +130,7 @@ class _Writer:
 
     def _op(self, op: Op, stage: Stage) -> None:
         strategy = stage.strategies[self.choice[stage.index]]
-        self.meta = {key: op.node.meta[key] for key in _KEPT_META if key in op.node.meta}
+        self.meta = _kept_meta(op.node)
         operands = iter([self.operand(value, use) for value, use in zip(op.operands, stage.uses, strict=True)])
         args, kwargs = fx.map_arg(
             (op.node.args, op.node.kwargs), lambda n: next(operands) if is_tensor(n) else self.numbers[n.name]
@@ -143,7 +144,7 @@ class _Writer:
         if not op.results:
             self.numbers[op.name] = result
             return
-        apart = isinstance(result, tuple)  # written op by op, one node a result
+        apart = isinstance(result, (tuple, list))  # written op by op, one node a result
         values = tuple(r.meta["val"] for r in result) if apart else result.meta["val"]
         single = isinstance(values, torch.Tensor)
         for storage, layout in zip(op.results, layouts, strict=True):
@@ -321,7 +322,10 @@ class _Writer:
         if (value, layout) not in self.viewed:
             op = self.view_ops[value]
             operand = self._view(op.operands[0], layout)
-            meta, self.meta = self.meta, {key: op.node.meta[key] for key in _KEPT_META if key in op.node.meta}
+            meta = self.meta
+            # A view is taken where it is used.
+            self.meta = {key: value for key, value in _kept_meta(op.node).items() if key != "region"}
+            self.meta |= {key: value for key, value in meta.items() if key == "region"}
             args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: operand)
             places = self.graph.views[value][1]
             keys = {places[place]: key for key, place in op.places(op.rule.outputs[0]).items()}
@@ -330,6 +334,12 @@ class _Writer:
             self.viewed[value, layout] = new
             self.meta = meta
         return self.viewed[value, layout]
+
+
+def _kept_meta(node: fx.Node) -> dict[str, Any]:
+    meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+    number = region(node)
+    return meta if number is None else {**meta, "region": number}
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

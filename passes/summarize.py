@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import networkx
 import torch
+from torch import fx
 
 from dsp_auto.cost_models.communication import Cost
 from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
+from .checkpointing import region
+from .factorize import Op, is_tensor
 from .layout import R, show_placement
-from .notation import OpRule
+from .notation import OpCall, OpRule
 from .problem import Problem, Resharding
+from .propagate import node_values
+from .rules import WRITTEN, origin, why_none
 from .solve import Solution
 from .stages import OP, OUTPUT, Stage
 
@@ -63,6 +70,7 @@ def summarize(
             if kind != "feature"
         ),
         activations=_activations(problem, choice),
+        rules=_rules(problem),
         without_rule=_replicated(problem, choice, lambda rule: rule is None),
         random=_replicated(problem, choice, lambda rule: rule is not None and rule.is_random),
         seconds=dict(seconds),
@@ -96,10 +104,28 @@ def _replicated(
             "target": str(stage.op.node.target),
             "path": stage.op.path,
             "bytes": sum(values[result].nbytes for result in stage.op.results),
+            **({"why": _why_none(stage.op)} if stage.op.rule is None else {}),
         }
         for stage in problem.graph.stages
         if _runs_replicated(problem, choice, stage) and why(stage.op.rule)
     )
+
+
+def _rules(problem: Problem) -> tuple[dict[str, Any], ...]:
+    """The rules that were not written here: registered by the user, or found by running the op."""
+    ops = [op for op in problem.graph.factors.ops if op.rule is not None]
+    found = Counter((str(op.node.target), str(op.rule), origin(op.node.target)) for op in ops)
+    return tuple(
+        {"target": target, "rule": rule, "origin": whose, "ops": count}
+        for (target, rule, whose), count in found.items()
+        if whose != WRITTEN
+    )
+
+
+def _why_none(op: Op) -> str:
+    results = [value for value in node_values(op.node) if isinstance(value, torch.Tensor)]
+    args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda n: n.meta["val"] if is_tensor(n) else n)
+    return why_none(OpCall.of(op.node.target, args, kwargs, results))
 
 
 def _activations(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
@@ -269,12 +295,13 @@ def _communication(
         entry["backward_bytes"] += cost.backward_bytes
 
     for resharding in reshardings:
+        again = _again(problem.graph.stages[min(_users(problem, choice, resharding))])
         for step, cost in zip(resharding.steps, resharding.costs):
-            add(step.primitive, cost, 0 if resharding.storage in in_bucket else 1)
+            add(step.primitive, again(cost), 0 if resharding.storage in in_bucket else 1)
             paper += cost.paper_volume
     for stage in problem.graph.stages:
         for inside in problem.inside(stage.index, choice[stage.index]):
-            add(inside.primitive, inside.cost, 1)
+            add(inside.primitive, _again(stage)(inside.cost), 1)
             paper += inside.cost.paper_volume
     if buckets:
         by_primitive["replicate"]["count"] += sum(len(bucket.mesh_dims) for bucket in buckets)
@@ -286,6 +313,13 @@ def _communication(
         "paper_forward_volume": _number(paper),
         "by_primitive": by_primitive,
     }
+
+
+def _again(stage: Stage) -> Callable[[Cost], Cost]:
+    """What is communicated inside a checkpoint goes forward once more in backward."""
+    if stage.op is None or region(stage.op.node) is None:
+        return lambda cost: cost
+    return lambda cost: replace(cost, forward_bytes=2 * cost.forward_bytes) if cost.backward_bytes else cost
 
 
 def _number(value: float) -> float:

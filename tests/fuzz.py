@@ -17,8 +17,9 @@ import math
 import operator
 import pkgutil
 import random
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -46,14 +47,18 @@ for _file in pkgutil.iter_modules(proofs.__path__):
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9
+TRIES = 40  # graphs begun until one is finished
 NOISE = 1e-13  # relative; a few hundred roundings
 GENERATED = 6  # calls of each rule that hypothesis adds to those that are written out
 MESHES = ("2", "3", "4", "5", "2x2", "2x3", "3x2", "1x2", "1")
 
 # Rules of which no call stands in a graph, and why.
 NOT_DRAWN = {
-    "aten::empty": "its memory is not filled, so no two runs agree",
-    "aten::empty_like": "its memory is not filled, so no two runs agree",
+    name: "the memory is not filled, so no two runs agree" for name in registered() if re.search("::(new_)?empty", name)
+} | {
+    name: "shards draw other random numbers than one device"
+    for name, function in registered().items()
+    if function.__module__.endswith(".random")
 }
 
 
@@ -189,8 +194,11 @@ class _Writer:
         given, named = fx.map_arg((args, kwargs), self.values.__getitem__)
         try:
             with torch.random.fork_rng(devices=[]):
-                example = Example.of(target, given, named)
+                before = torch.get_rng_state()
+                example = self.example(target, given, named)
                 result = target(*given, **named)
+                if not torch.equal(torch.get_rng_state(), before):
+                    raise _Dead("it draws random numbers, shards others than one device")
         except Exception as error:  # any op may refuse in its own way
             raise _Dead(f"{target}: {error}") from error
         if not all(map(_is_usable, (*example.results, *example.gradients))):
@@ -198,6 +206,13 @@ class _Writer:
         node = self.graph.call_function(target, args, kwargs)
         self.values[node] = pytree.tree_map_only(Tensor, Tensor.detach, result)
         return node
+
+    def example(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Example:
+        try:
+            return Example.of(target, args, kwargs)
+        except RuntimeError:  # some operand may have no gradient; whether it has one is seen when the graph is done
+            with torch.no_grad():
+                return Example.of(target, args, kwargs)
 
     def results(self, node: fx.Node) -> list[fx.Node]:
         """The tensors of a node, one node each."""
@@ -337,12 +352,21 @@ def assemble(
     grads = [value.requires_grad for value in values]
     try:
         training, saved, _ = propagate(module, grads)
-    except CaptureError as error:
+    except (CaptureError, RuntimeError) as error:  # an op that fake tensors do not know as it is
         raise _Dead(str(error)) from error
     spec = pytree.tree_structure(((), {}))
     entries = tuple(entry for entry, _ in inputs)
-    seconds = {"export": 0.0, "capture": 0.0}
-    return Program(module, entries, spec, spec, (), training, saved, seconds), values
+    program = Program(
+        module=module,
+        inputs=entries,
+        in_spec=spec,
+        out_spec=spec,
+        mutated=(),
+        training=training,
+        saved=saved,
+        seconds={"export": 0.0, "capture": 0.0},
+    )
+    return program, values
 
 
 def _is_usable(tensor: Tensor | None) -> bool:
@@ -351,15 +375,17 @@ def _is_usable(tensor: Tensor | None) -> bool:
     return tensor.dtype in (torch.float64, torch.complex128) and bool(torch.isfinite(tensor).all())
 
 
-def make(seed: int, must: str | None = None, most: int = 6) -> Case:
-    """The graph of a seed. must: a rule of which it holds a call; most: how many calls at most."""
+def make(seed: int, must: str | None = None, most: int = 5) -> Case:
+    """The graph of a seed, with at most `most` calls. must: a rule of which it holds a call; LookupError where none can
+    stand in a graph."""
     draw = random.Random(f"{seed} {must}")
     with _double():
-        while True:
+        for _ in range(TRIES):
             try:
                 return _make(draw, seed, must, most)
-            except _Dead:
-                continue
+            except _Dead as error:
+                reason = error
+    raise LookupError(f"seed {seed}: no graph{f' with a call of {must}' if must else ''} could be drawn: {reason}")
 
 
 def _make(draw: random.Random, seed: int, must: str | None, most: int) -> Case:
@@ -410,7 +436,10 @@ def _make(draw: random.Random, seed: int, must: str | None, most: int) -> Case:
         outputs.append(draw.choice(writer.floats))
     writer.graph.output(tuple(outputs))
     program, values = assemble(writer.graph, writer.inputs, keep=lambda: draw.random() < 0.1)
-    mesh = draw.choice(MESHES)
+    alone = _alone(program, values, seed, program.module.forward)
+    if not all(map(_is_usable, (*alone[0].values(), *alone[1].values()))):
+        raise _Dead("values that are not finite")
+    mesh = draw.choices(MESHES, [1 if "x" in mesh or mesh == "1" else 3 for mesh in MESHES])[0]
     return Case(seed, program, values, mesh, *_drawn_options(draw, program, values, as_mesh(mesh)), tuple(rules))
 
 
@@ -444,15 +473,16 @@ def _drawn_layout(draw: random.Random, shape: Sequence[int], mesh: Mesh) -> dict
 
 @dataclass(frozen=True)
 class Verdict:
-    """kind: "same"; "no plan" (nothing to shard, or too many ranks); "unstable" (rounding alone changes the result); or
-    what is wrong: "output", "gradient", "traffic", or the name of an exception."""
+    """kind: "same"; "sent less" (the same, with less traffic than planned); "no plan" (nothing to shard, or too many ranks);
+    "unstable" (rounding alone changes the result); or what is wrong: "output", "gradient", "sent more", or the name of an
+    exception."""
 
     kind: str
     found: str = ""
 
     @property
     def failed(self) -> bool:
-        return self.kind not in ("same", "no plan", "unstable")
+        return self.kind not in ("same", "sent less", "no plan", "unstable")
 
 
 def judge(case: Case) -> Verdict:
@@ -466,7 +496,7 @@ def judge(case: Case) -> Verdict:
             verdict = Verdict(type(error).__name__, str(error))
         else:
             verdict = _verdict(found)
-        if verdict.failed and verdict.kind != "traffic" and _is_unstable(case):
+        if verdict.failed and verdict.kind != "sent more" and _is_unstable(case):
             return Verdict("unstable", verdict.found)
         return verdict
 
@@ -487,7 +517,10 @@ def _verdict(found: Rehearsal) -> Verdict:
         if not deviation <= TOLERANCE:
             return Verdict(kind, f"{name} deviates by {deviation:.3g}")
     wrong = [entry for entry in found.traffic if not entry.agrees]
-    return Verdict("traffic", f"planned and sent: {wrong[0]}") if wrong else Verdict("same")
+    more = [entry for entry in wrong if entry.measured > entry.predicted]
+    if wrong:
+        return Verdict("sent more" if more else "sent less", str((more or wrong)[0]))
+    return Verdict("same")
 
 
 class _Noisy(fx.Interpreter):
@@ -503,13 +536,13 @@ class _Noisy(fx.Interpreter):
     def _noisy(self, tensor: Tensor) -> Tensor:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
-        return tensor * (1 + NOISE * torch.randn(tensor.shape, generator=self.generator))
+        return tensor * (1 + NOISE * torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64))
 
 
 def _is_unstable(case: Case) -> bool:
     """Whether noise alone moves outputs or gradients on one device about as far as the tolerance."""
     exact, *noisy = [
-        _alone(case, forward)
+        _alone(case.program, case.values, case.seed, forward)
         for forward in (case.program.module.forward, *(_Noisy(case.program.module, seed).run for seed in range(3)))
     ]
     for found in noisy:
@@ -524,17 +557,22 @@ def _is_unstable(case: Case) -> bool:
     return False
 
 
-def _alone(case: Case, forward: Callable[..., Sequence[Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """Outputs and gradients on one device."""
-    torch.manual_seed(case.seed)
-    with torch.set_grad_enabled(case.program.training):
-        leaves = [value.detach().requires_grad_(value.requires_grad) for value in case.values]
-        results = forward(*leaves)
-        graded = [leaf for leaf in leaves if leaf.requires_grad]
+def _alone(
+    program: Program, values: Sequence[Tensor], seed: int, forward: Callable[..., Sequence[Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Outputs and gradients on one device; _Dead where an op has no derivative."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [value.detach().requires_grad_(value.requires_grad) for value in values]
+    graded = [leaf for leaf in leaves if leaf.requires_grad]
+    try:
+        with torch.set_grad_enabled(program.training):
+            results = forward(*leaves)
         used = [result for result in results if result.requires_grad]
-        generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(result.shape, generator=generator, dtype=result.dtype) for result in used]
         grads = torch.autograd.grad(used, graded, weights, allow_unused=True) if used and graded else ()
+    except RuntimeError as error:
+        raise _Dead(str(error)) from error
     outputs = {f"output {n}": result.detach() for n, result in enumerate(results)}
     return outputs, {f"input {n}": grad for n, grad in enumerate(grads)}
 
@@ -564,6 +602,8 @@ def shrink(case: Case, seconds: float = 60.0) -> Case:
 
 def _smaller(case: Case) -> Iterator[Case]:
     """Cases with less in them, those with the least first."""
+    for mesh in MESHES[: MESHES.index(case.mesh)]:
+        yield replace(case, mesh=mesh)
     if case.tightness is not None:
         yield replace(case, tightness=None)
     for name in case.options:
@@ -573,33 +613,43 @@ def _smaller(case: Case) -> Iterator[Case]:
     outputs = list(case.program.graph.output_node().args[0])
     for node in nodes:
         if isinstance(node.meta["val"], Tensor) and outputs != [node]:
-            yield _rewritten(bare, [node], None)
+            yield _rewritten(bare, [node], set())
     for output in outputs if len(outputs) > 1 else ():
-        yield _rewritten(bare, [other for other in outputs if other is not output], None)
+        yield _rewritten(bare, [other for other in outputs if other is not output], set())
+    for count in range(len(nodes) - 1, 0, -1):  # only the last ops
+        before = set(nodes[:count])
+        crossing = {node for node in before if node in outputs or not before.issuperset(node.users)}
+        if all(isinstance(node.meta["val"], Tensor) for node in crossing):
+            yield _rewritten(bare, outputs, crossing)
     for node in reversed(nodes):
         if isinstance(node.meta["val"], Tensor):
-            yield _rewritten(bare, outputs, node)
-    for mesh in MESHES[: MESHES.index(case.mesh)]:
-        yield replace(bare, mesh=mesh)
+            yield _rewritten(bare, outputs, {node})
+            for operand in node.all_input_nodes:
+                if _shown(operand.meta["val"]) == _shown(node.meta["val"]):
+                    yield _rewritten(bare, outputs, set(), {node: operand})
 
 
-def _rewritten(case: Case, outputs: Sequence[fx.Node], cut: fx.Node | None) -> Case:
-    """The case that returns `outputs`, with what `cut` makes as an input."""
-    old = case.program.graph
+def _rewritten(
+    case: Case, outputs: Sequence[fx.Node], cut: set[fx.Node], bypassed: Mapping[fx.Node, fx.Node] | None = None
+) -> Case:
+    """The case that returns `outputs`, with what the ops in `cut` make as inputs, and operands for what others make."""
+    run = fx.Interpreter(case.program.module, garbage_collect_values=False)
+    with torch.set_grad_enabled(case.program.training), _double():
+        torch.manual_seed(case.seed)
+        run.run(*case.values)
     graph, copies = fx.Graph(), {}
     inputs = list(zip(case.program.inputs, case.values))
-    for node in old.nodes:
-        if node.op == "placeholder":
-            copies[node] = graph.node_copy(node)
-    if cut is not None:
-        made = fx.Interpreter(case.program.module, garbage_collect_values=False)
-        with torch.set_grad_enabled(case.program.training), _double():
-            torch.manual_seed(case.seed)
-            made.run(*case.values)
-        value = made.env[cut].detach().requires_grad_(made.env[cut].requires_grad)
-        copies[cut] = graph.placeholder(f"was_{cut.name}")
-        inputs.append((GraphInput("input", copies[cut].name), value))
-    for node in old.nodes:
+    nodes = list(case.program.graph.nodes)
+    for node in nodes[: len(inputs)]:
+        copies[node] = graph.node_copy(node)
+    for node in nodes:
+        if node in cut:
+            copies[node] = graph.placeholder(f"was_{node.name}")
+            value = run.env[node].detach().requires_grad_(run.env[node].requires_grad)
+            inputs.append((GraphInput("input", copies[node].name), value))
+    for node in nodes:
+        if bypassed and node in bypassed:
+            copies[node] = copies[bypassed[node]]
         if node not in copies and node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import dsp_auto
 from dsp_auto.passes.capture import capture
@@ -206,12 +205,3 @@ def test_arguments_that_forward_does_not_take_are_named(args, kwargs, message):
         capture(Two(), args, kwargs)
     assert "Two.forward(video, text=None, *, scale)" in str(caught.value)
     assert "control flow" not in str(caught.value)
-
-
-def test_a_reentrant_checkpoint_is_refused_and_the_other_taken():
-    def model(reentrant):
-        return Function(lambda linear, x: checkpoint(linear, x, use_reentrant=reentrant))
-
-    assert capture(model(False), (video(),)).training
-    with pytest.raises(dsp_auto.CaptureError, match="use_reentrant=False"):
-        capture(model(True), (video(),))

@@ -1,6 +1,7 @@
 """Promises of the command line: stdout is the plan alone, bad input is one line and exit code 2, the demo can fail."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsp_auto import Plan, cli, demo, verify
+from dsp_auto.passes.rules import registered, registered_by_user
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = "examples.transformer_2d:build"
@@ -116,6 +118,14 @@ def test_a_factory_that_needs_values_is_built_for_real_and_that_is_said(capsys, 
         (("explain", EXAMPLE, "--mesh", "4096"), "4096 ranks"),
         (("demo", "--ranks", "0"), "--ranks 0"),
         (("demo", "--ranks", "many"), "many"),
+        (("rules", "nowhere::op"), "no such op"),
+        (("rules", "aten::softmax.nothing"), "no overload 'nothing'"),
+        (("rules", "softmax"), "namespace::op"),
+        (("rules", "aten::einsum"), "--example"),
+        (("rules", "aten::softmax", "--example", "2y3, 1"), "'2y3' is no tensor"),
+        (("rules", "aten::softmax", "--example", "2x3:float, 1, 2, 3, 4"), "no argument for '3'"),
+        (("rules", "aten::linear", "--example", "2x3, 4x5"), "RuntimeError"),
+        (("rules", "aten::softmax", "--import", "no.such.module"), "no.such.module"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, says):
@@ -141,6 +151,66 @@ def test_a_factory_that_returns_something_else_is_one_line_and_exit_code_2(capsy
 def test_a_factory_that_raises_is_exit_code_2_and_no_traceback(capsys, factories):
     code, out, err = _run(capsys, "explain", f"{factories}:broken", "--mesh", "2")
     assert (code, out) == (2, "") and err.splitlines()[-1].endswith("fails: KeyError: 'weights'."), err
+
+
+@pytest.fixture
+def own_ops(tmp_path, monkeypatch):
+    """A file that defines ops, and registers a rule for one of them."""
+    monkeypatch.setenv("DSP_AUTO_CACHE", str(tmp_path / "cache"))
+    before = dict(registered_by_user())
+    name = f"own_ops_{len(sys.modules)}"
+    path = tmp_path / f"{name}.py"
+    path.write_text(
+        "import torch, dsp_auto\n"
+        "def define(name, function):\n"
+        f"    torch.library.custom_op('{name}::' + name, function, mutates_args=()).register_fake(torch.empty_like)\n"
+        "def mix(x: torch.Tensor) -> torch.Tensor: return x.softmax(1)\n"
+        "def noise(x: torch.Tensor) -> torch.Tensor: return x + torch.rand_like(x)\n"
+        "for function in (mix, noise): define(function.__name__, function)\n"
+        "define('known', mix)\n"
+        f"dsp_auto.register_rule('{name}::known', 'b s c -> b s c; whole: s')\n"
+        "print('a module that talks')\n"
+    )
+    yield name, str(path)
+    registered_by_user().clear()
+    registered_by_user().update(before)
+
+
+def test_rules_lists_every_rule_with_its_place(capsys, own_ops):
+    code, out, _ = _run(capsys, "rules", "--import", own_ops[1])
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert set(rows) >= set(registered()) and re.search(r"written +passes/rules/\w+\.py:\d+$", rows["aten::linear"])
+    assert rows[f"{own_ops[0]}::known"].endswith(f"{own_ops[1]}:8")
+
+
+def test_rules_of_an_op_are_printed_for_an_example_with_the_place_of_the_source(capsys):
+    code, out, _ = _run(capsys, "rules", "aten::softmax")
+    assert code == 0 and re.search(r"written at passes/rules/attention\.py:\d+\n.*\(8x8x8x8, 1\): .*; whole: d1\n", out)
+    _, out, _ = _run(capsys, "rules", "aten::einsum", "--example", '"bsd,btd->bst", [2x3x5, 2x4x5:float32]')
+    assert "b s d, b t d -> b s t; reduces: d" in out
+    _, out, _ = _run(capsys, "rules", "aten::sum", "--example", "2x3x5, [1, 2], keepdim=True, dtype=float64")
+    assert "d0 d1 d2 -> d0 1 1; reduces: d1 d2" in out
+
+
+def test_rules_discovers_the_rule_of_an_op_of_ones_own_and_remembers_it(capsys, own_ops):
+    name, path = own_ops
+    argv = ("rules", f"{name}::mix", "--import", path)
+    assert _run(capsys, *argv)[0] == 2
+    code, out, err = _run(capsys, *argv, "--example", "2x9x8", "--inference")
+    assert code == 0 and "a b c -> a b c; whole: b\n    found by running it (" in out and "talks" in err
+    assert "it has no gradient" in _run(capsys, *argv, "--example", "2x9x8")[1]
+    code, out, _ = _run(capsys, *argv)  # of what the cache keeps
+    assert code == 0 and "a b c -> a b c; whole: b" in out
+    assert "a b c -> a b c; whole: b" in _run(capsys, "rules")[1]
+
+
+def test_rules_says_why_none_is_found_and_where_one_was_registered(capsys, own_ops):
+    name, path = own_ops
+    code, out, _ = _run(capsys, "rules", f"{name}::noise", "--import", path, "--example", "2x9x8")
+    assert code == 0 and "none is found: it draws random numbers" in out
+    code, out, _ = _run(capsys, "rules", f"{name}::known")
+    assert code == 0 and f"registered at {path}:8" in out and "b s c -> b s c; whole: s" in out
 
 
 def test_version(capsys):

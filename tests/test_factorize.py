@@ -156,7 +156,7 @@ def test_ops_that_share_no_tensor_share_no_factor():
 
 
 def test_an_op_without_a_rule_makes_new_factors():
-    found = factors_of(lambda self, x: torch.linalg.matrix_exp(x).exp(), (5, 5))
+    found = factors_of(lambda self, x: (x.histc(5).exp(), x.exp()), (5,))
     (own,) = [own for own in found.ops if own.rule is None]
     assert not set(found.values[own.results[0]].factors) & set(found.values["args_0", 0].factors)
 

@@ -9,7 +9,7 @@ import torch
 
 from dsp_auto.errors import ProofError
 from dsp_auto.passes.notation import OpCall, from_notation
-from dsp_auto.passes.prove import Example, difference, prove
+from dsp_auto.passes.prove import Cut, Example, difference, prove
 from tests.rules.calls import Call, aten, call, t
 
 
@@ -78,10 +78,10 @@ class _Scaled(torch.autograd.Function):
 def test_a_rule_whose_gradients_are_wrong_is_refused():
     example = Example.of(_Scaled.apply, (t(5, 7),))
     rule = from_notation("a b -> a b", OpCall.of(_Scaled.apply, (t(5, 7),), {}, example.results))
-    assert "gradient of operand 0" in difference(example, rule, "a", 2)
-    assert difference(example, rule, "b", 2) is None
+    assert "gradient of operand 0" in difference(example, rule, Cut(2, {"a": (1, 5, 1)}))
+    assert difference(example, rule, Cut(2, {"b": (1, 7, 1)})) is None
     with torch.no_grad():
-        assert difference(Example.of(_Scaled.apply, (t(5, 7),)), rule, "a", 2) is None
+        assert difference(Example.of(_Scaled.apply, (t(5, 7),)), rule, Cut(2, {"a": (1, 5, 1)})) is None
 
 
 def test_an_axis_must_be_parallel_in_its_minor_part_too():
@@ -93,7 +93,7 @@ def test_an_axis_must_be_parallel_in_its_minor_part_too():
 
     x = t(8, 7)
     rule = from_notation("a b -> a b", OpCall.of(windows, (x,), {}, [x]))
-    assert difference(Example.of(windows, (x,)), rule, "a", 2) is None
+    assert difference(Example.of(windows, (x,)), rule, Cut(2, {"a": (1, 8, 1)})) is None
     with pytest.raises(ProofError, match="cannot shard the minor part of a "):
         prove(windows, (x,), rule=rule, ranks=[2])
 

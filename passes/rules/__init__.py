@@ -2,7 +2,8 @@
 
 A rule is a function of an `OpCall` that returns an `OpRule`, or None where this call of the op has no rule (the op then
 runs replicated and the plan names it). `@rule("aten::linear")` registers it for all overloads of an op,
-`@rule("aten::mean.dim")` for one. Pointwise ops need no entry: their tag tells.
+`@rule("aten::mean.dim")` for one. Pointwise ops need no entry: their tag tells. Users' rules (`register`) come before
+these; an op that has neither is tried out (`discover`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 from ..notation import OpCall, OpRule, from_notation
 
 RuleFunction = Callable[[OpCall], OpRule | None]
+WRITTEN, REGISTERED, FOUND = "written", "registered", "found"
 _RULES: dict[str, RuleFunction] = {}
+_USER_RULES: dict[str, RuleFunction] = {}
 
 
 def rule(*names: str) -> Callable[[RuleFunction], RuleFunction]:
@@ -36,21 +39,59 @@ def registered() -> dict[str, RuleFunction]:
     return dict(_RULES)
 
 
+def registered_by_user() -> dict[str, RuleFunction]:
+    """The rules of `register_rule`, to be read and changed."""
+    return _USER_RULES
+
+
 def rule_function(target: object) -> RuleFunction | None:
     """The rule function of an op overload, None where nobody wrote one."""
     if not isinstance(target, torch._ops.OpOverload):
         return None
     name = target._schema.name
-    found = _RULES.get(f"{name}.{target._overloadname}") or _RULES.get(name)
-    if found is None and torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags:
-        found = _RULES["pointwise"]
-    return found
+    for rules in (_USER_RULES, _RULES):
+        found = rules.get(f"{name}.{target._overloadname}") or rules.get(name)
+        if found is not None:
+            return found
+    is_pointwise = torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
+    return _RULES["pointwise"] if is_pointwise else None
+
+
+def origin(target: object) -> str:
+    """Where the rule of an op comes from: `written` here, `registered` by a user, or `found` by trying the op out."""
+    function = rule_function(target)
+    if function is None:
+        return FOUND
+    return REGISTERED if function in _USER_RULES.values() else WRITTEN
+
+
+def where(function: RuleFunction) -> str:
+    """file:line of a rule."""
+    code = function.__code__
+    return getattr(function, "place", None) or f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def find_rule(call: OpCall) -> OpRule | None:
     """The rule of one op call, None where there is none."""
     function = rule_function(call.target)
-    return None if function is None else function(call)
+    if function is not None:
+        return function(call)
+    return _discovered(call).rule if isinstance(call.target, torch._ops.OpOverload) else None
+
+
+def why_none(call: OpCall) -> str:
+    """Why `find_rule` has nothing for this call."""
+    if not isinstance(call.target, torch._ops.OpOverload):
+        return "it is no op of a torch library"
+    if rule_function(call.target) is not None:
+        return "its rule does not describe this call"
+    return _discovered(call).why
+
+
+def _discovered(call: OpCall) -> Any:
+    from ..discover import discover  # which proves by the rules here
+
+    return discover(call)
 
 
 def numbered(count: int, letter: str = "d") -> list[str]:

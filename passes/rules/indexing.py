@@ -117,7 +117,7 @@ def index_put(call: OpCall) -> OpRule | None:
     def local(emit, target, args, kwargs, here: Local):
         return emit(target, *bias_once(emit, args, here, rule_.reduces, 0), **kwargs)
 
-    summed = dims.own if call["accumulate"] else []
+    summed = dims.own if call["accumulate"] and _is_number(call) else []
     text = f"{dims.operands()}, {' '.join(given)} -> {' '.join(dims.names)}"
     moved = {*dims.gone, *dims.own} - {*summed}
     rule_ = from_notation(text, call, moved=moved, reduces=summed, local=local)
@@ -135,6 +135,11 @@ def _masked_put(call: OpCall, dims: _Indexed) -> OpRule:
     several = "places" in given and values[given.index("places")] != 1
     text = f"{' '.join(dims.names)}, {' '.join(covered)}, {' '.join(given)} -> {' '.join(dims.names)}"
     return from_notation(text, call, moved=["places", *covered] if several else [])
+
+
+def _is_number(call: OpCall) -> bool:
+    """What ranks can sum."""
+    return call.operands[0].dtype != torch.bool
 
 
 @rule("aten::scatter", "aten::scatter_add", "aten::scatter_reduce")
@@ -157,7 +162,7 @@ def scatter(call: OpCall) -> OpRule | None:
     adds = name == "aten::scatter_add" or (
         name == "aten::scatter_reduce" and call["reduce"] == "sum" and call["include_self"]
     )
-    summed = {groups[1][dim]} if adds and same else set()
+    summed = {groups[1][dim]} if adds and same and _is_number(call) else set()
 
     def local(emit, target, args, kwargs, here: Local):
         return emit(target, *bias_once(emit, args, here, rule_.reduces, 0), **kwargs)
@@ -177,7 +182,7 @@ def index_assign(call: OpCall) -> OpRule | None:
     dim = call.dim(call["dim"])
     source = [name if n != dim else "i" for n, name in enumerate(names)]
     groups = [names, ["i"], [] if call.target._schema.name == "aten::index_fill" else source]
-    adds = call.target._schema.name == "aten::index_add"
+    adds = call.target._schema.name == "aten::index_add" and _is_number(call)
 
     def local(emit, target, args, kwargs, here: Local):
         return emit(target, *bias_once(emit, args, here, rule_.reduces, 0), **kwargs)

@@ -21,6 +21,7 @@ _REACH = {
     "aten::upsample_trilinear3d": 1,
     "aten::upsample_bicubic2d": 2,
 }
+# Of these, a dim of size one that keeps its size comes out wrong (torch 2.13), so that no shard may be that short.
 _ANTIALIASED = ["aten::_upsample_bilinear2d_aa", "aten::_upsample_bicubic2d_aa"]
 
 
@@ -33,7 +34,7 @@ def interpolate(call: OpCall) -> OpRule:
     windows: dict[int, Window] = {}
     for n, (old, new, scale) in enumerate(zip(sizes_before, sizes_after, _scales(call, len(sizes_before)), strict=True)):
         factor = _whole_factor(call, old, new, scale)
-        if old == new and scale in (None, 1.0):
+        if old == new and scale in (None, 1.0) and name not in _ANTIALIASED:
             before.append(f"s{n}")
             after.append(f"s{n}")
         elif factor and (name in _NEAREST or new < old):

@@ -91,19 +91,6 @@ def reshape(call: OpCall) -> OpRule | None:
     )
 
 
-@rule("aten::atleast_1d.Sequence", "aten::atleast_2d.Sequence", "aten::atleast_3d.Sequence")
-def reshape_each(call: OpCall) -> OpRule:
-    """Dims of size one added to each of several tensors."""
-    inputs, outputs, sizes = [], [], {}
-    for n, (operand, result) in enumerate(zip(call.operands, call.outputs, strict=True)):
-        before, after, own, _ = align(operand.shape, result)
-        sizes |= {f"{axis}_{n}": size for axis, size in own.items()}
-        for found, dims in ((inputs, before), (outputs, after)):
-            found.append(tuple(tuple(f"{axis}_{n}" for axis in dim) for dim in dims))
-    # A rank that has a part of one tensor has others whole: nothing can be shared out in all of them at once.
-    return OpRule(tuple(inputs), tuple(outputs), sizes, moved=frozenset(sizes))
-
-
 @rule("aten::view.dtype")
 def view_dtype(call: OpCall) -> OpRule:
     """The same bytes read as another dtype: where an element is longer or shorter, the last dim stays whole."""
@@ -374,7 +361,7 @@ def _unequal_pieces(call: OpCall, names: list[str], dim: int, lengths: list[int]
     return from_notation(
         f"{' '.join(names)} -> {', '.join(groups)}",
         call,
-        reduces=[own],
+        reduces=[own] if sums else [],
         ranges=ranges,
         windows=tuple(windows),
         moved=[] if ranges else [own, *pieces],
@@ -420,19 +407,12 @@ def cat(call: OpCall) -> OpRule | None:
         windows.append(Window(position, dim, part, "all", lambda start, stop, at=ends: (start - at, stop - at)))
         ends += length
     ranges = [(*some, "all") for some in _some([part for part, length in zip(parts, lengths) if length > 1])]
+    ranges = ranges or [("all",)]
 
     def local(emit, target, args, kwargs, here: Local):
         if "all" not in here.sites:
             return emit(target, *args, **kwargs)
-        taken = [
-            here.window(emit, x, window) if length > 1 else _single(emit, x, here, window)
-            for x, window, length in zip(args[0], windows, lengths)
-        ]
-        return emit(target, taken, dim)
-
-    def _single(emit, x, here: Local, window: Window):
-        start, stop = within(*window.needs(*here.range("all")), 1)
-        return emit(aten.slice.Tensor, x, dim, start, stop)
+        return emit(target, [here.window(emit, x, window) for x, window in zip(args[0], windows)], dim)
 
     text = f"{', '.join(map(at_dim, parts))} -> {at_dim('all')}"
     return from_notation(text, call, ranges=ranges, windows=tuple(windows), local=local)

@@ -5,7 +5,7 @@ Each file here registers, for the rules of the file of the same name in `passes/
     @cases("aten::linear")        yields calls worth naming: each form of the arguments that the rule looks at
     @generated("aten::linear")    draws one call at random: ranks, sizes, dtypes and forms of the arguments
 
-`test_every_rule.py` proves them all.
+`test_every_rule.py` proves them all. Of each rule some call must shard something; `shards_nothing` names those that cannot.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _generator = torch.Generator()
 # What makes calls, by the name under which the rule is registered.
 CASES: dict[str, Callable[..., Iterator[Call]]] = {}
 GENERATED: dict[str, Callable[..., Call]] = {}
+# Rules that let no axis be sharded, and why.
+NOTHING_TO_SHARD: dict[str, str] = {}
 
 
 def t(*shape: int, dtype: torch.dtype = F64, positive: bool = False) -> torch.Tensor:
@@ -76,6 +78,11 @@ def cases(*names: str):
 def generated(*names: str):
     """Registers a function that draws one call, `(draw)` or `(draw, name)`, for the rules of these names."""
     return _register(GENERATED, names)
+
+
+def shards_nothing(*names: str, because: str) -> None:
+    """Says of the rules of these names that they let no axis be sharded; of all others some call must prove one."""
+    NOTHING_TO_SHARD.update(dict.fromkeys(names, because))
 
 
 def _register(registry: dict[str, Callable], names: Sequence[str]):

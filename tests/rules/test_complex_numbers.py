@@ -11,26 +11,26 @@ def _complex(*shape: int, dtype: torch.dtype = F64) -> torch.Tensor:
     return torch.complex(t(*shape, dtype=dtype), t(*shape, dtype=dtype))
 
 
-@cases("aten::view_as_real", "aten::view_as_real_copy")
+@cases("aten::view_as_real")
 def _(name):
     for shape in ((5, 7), (3, 1, 5), ()):
         yield overload(name), (_complex(*shape),), {}
     yield overload(name), (_complex(5, 7, dtype=F32),), {}
 
 
-@cases("aten::view_as_complex", "aten::view_as_complex_copy")
+@cases("aten::view_as_complex")
 def _(name):
     for shape in ((5, 7, 2), (3, 1, 5, 2), (2,)):
         yield overload(name), (t(*shape),), {}
     yield overload(name), (t(5, 7, 2, dtype=F32),), {}
 
 
-@generated("aten::view_as_real", "aten::view_as_real_copy")
+@generated("aten::view_as_real")
 def _(draw, name):
     return overload(name), (_complex(*shape_of(draw), dtype=one_of(draw, F64, F32)),), {}
 
 
-@generated("aten::view_as_complex", "aten::view_as_complex_copy")
+@generated("aten::view_as_complex")
 def _(draw, name):
     return overload(name), (t(*shape_of(draw), 2, dtype=one_of(draw, F64, F32)),), {}
 

@@ -22,6 +22,10 @@ def _(name):
     yield call(conv, t(4, 6, *[7] * n), t(5, 6, *[3] * n), None, [3] * n)  # a remainder that no patch covers
     yield call(conv, t(4, 6, *space, dtype=BF16), t(5, 6, *[2] * n, dtype=BF16), t(5, dtype=BF16), [2] * n)
     yield call(conv, t(2, 3, *space), t(5, 3, *[4] + [2] * (n - 1)), t(5), [4] + [2] * (n - 1))
+    yield call(conv, t(6, *space), t(5, 6, *[3] * n), None, [1] * n, [1] * n)  # no batch
+    yield call(conv, t(2, 6, *space), t(6, 1, *[3] * n), t(6), [1] * n, [1] * n, [1] * n, 6)  # a channel at a time
+    for padding in ("same", "valid"):
+        yield call(overload(name, "padding"), t(2, 3, *space), t(5, 3, *[3] * n), None, [1] * n, padding)
 
 
 @generated("aten::conv1d", "aten::conv2d", "aten::conv3d")
@@ -96,19 +100,8 @@ def _(draw, name):
 @pytest.mark.parametrize(
     ("made", "notation"),
     [
-        (call(aten.conv1d.default, t(2, 3, 12), t(5, 3, 4), None, [4]), "b c (s0 k0), o c k0 -> b o s0; reduces: c k0"),
+        (call(aten.conv1d.default, t(2, 3, 12), t(5, 3, 4), None, [4]), "b c (s0 k0), f c k0 -> b f s0; reduces: c k0"),
     ],
 )
 def test_rules_read(made, notation):
     assert str(rule_of(made)) == notation
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        call(aten.conv1d.default, t(3, 12), t(5, 3, 4)),
-        call(aten.conv1d.default, t(2, 6, 12), t(6, 1, 4), None, [1], [0], [1], 6),
-    ],
-)
-def test_a_call_that_no_rule_describes_has_none(made):
-    assert rule_of(made) is None

@@ -5,10 +5,33 @@ from __future__ import annotations
 import pytest
 from hypothesis import strategies as st
 
-from tests.rules.calls import F32, F64, I64, SIZE, aten, call, cases, generated, one_of, overload, rule_of, shape_of, t
+from tests.rules.calls import (
+    F32,
+    F64,
+    I64,
+    SIZE,
+    aten,
+    call,
+    cases,
+    generated,
+    one_of,
+    overload,
+    rule_of,
+    shape_of,
+    shards_nothing,
+    t,
+)
 
 _WINDOWS = [f"aten::{kind}_window" for kind in ("hann", "hamming", "blackman", "bartlett", "kaiser")]
 _FREQUENCIES = ["aten::fft_fftfreq", "aten::fft_rfftfreq"]
+
+
+shards_nothing(
+    *_WINDOWS,
+    *_FREQUENCIES,
+    *("aten::triu_indices", "aten::tril_indices", "aten::logspace", "aten::range", "aten::scalar_tensor"),
+    because="made from positions: every rank makes all of it",
+)
 
 
 @cases(*_WINDOWS, *_FREQUENCIES)

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import tests.rules
 from dsp_auto.passes import rules
-from dsp_auto.passes.prove import Proof, prove
-from tests.rules.calls import CASES, GENERATED, fixed_calls, generated_calls, rule_of
+from dsp_auto.passes.notation import OpRule
+from dsp_auto.passes.prove import Cut, Example, Proof, difference, prove
+from tests.rules.calls import CASES, GENERATED, NOTHING_TO_SHARD, fixed_calls, generated_calls, rule_of
 
 # Generated calls of each rule; a longer run sets more.
-_EXAMPLES = int(os.environ.get("DSP_AUTO_RULE_EXAMPLES", 40))
+_EXAMPLES = int(os.environ.get("DSP_AUTO_RULE_EXAMPLES", 25))
 
 for _module in pkgutil.iter_modules(tests.rules.__path__, "tests.rules."):
     importlib.import_module(_module.name)
 
-# Rules that let no axis be sharded, and why.
-_NOTHING_TO_SHARD = {
-    "aten::arange": "made from positions: every rank makes all of it",
-    "aten::linspace": "made from positions: every rank makes all of it",
-    "aten::eye": "made from positions: every rank makes all of it",
-}
+_many = settings(
+    max_examples=_EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,13 +63,7 @@ def test_shards_of_generated_calls_give_what_one_device_computes(name):
     """A generated call may have a form that no rule describes; it is then left out."""
     proofs: list[Proof] = []
 
-    @settings(
-        max_examples=_EXAMPLES,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
+    @_many
     @given(generated_calls(name))
     def run(made):
         if rule_of(made) is not None:
@@ -75,8 +73,41 @@ def test_shards_of_generated_calls_give_what_one_device_computes(name):
     assert _shards_something(proofs, name)
 
 
+@pytest.mark.parametrize("name", sorted(GENERATED))
+def test_two_mesh_dims_at_once_give_what_one_device_computes(name):
+    """Two cuts of a generated call, of other axes or of one axis twice, in either order."""
+
+    @_many
+    @given(generated_calls(name), st.data())
+    def run(made, data):
+        rule = rule_of(made)
+        cuts = list(_two_cuts(rule)) if rule else []
+        if cuts:
+            both = data.draw(st.sampled_from(cuts))
+            problem = difference(Example.of(*made), rule, *both)
+            assert problem is None, f"{made[0]} with rule `{rule}`, cut {both}: {problem}"
+
+    run()
+
+
+def _two_cuts(rule: OpRule) -> Iterator[tuple[Cut, Cut]]:
+    groups = [group for group in rule.cuts() if min(rule.sizes[axis] for axis in group) > 1]
+    cuts = [
+        Cut(min(3, *(rule.sizes[axis] for axis in group)), {axis: (1, rule.sizes[axis], 1) for axis in group})
+        for group in groups
+    ]
+    for one, other in itertools.permutations(cuts, 2):
+        if one.seen.keys().isdisjoint(other.seen):
+            yield one, other
+    for axis, size in rule.sizes.items():
+        major = next((n for n in range(2, size) if size % (2 * n) == 0), None)
+        if major and rule.can_shard(axis):
+            minor = size // major
+            yield Cut(2, {axis: (major, minor, 1)}), Cut(2, {axis: (1, major, minor // 2)})
+
+
 def _shards_something(proofs: list[Proof], name: str) -> bool:
-    return any(proof.axes for proof in proofs) == (name not in _NOTHING_TO_SHARD)
+    return any(proof.axes for proof in proofs) == (name not in NOTHING_TO_SHARD)
 
 
 def _file(function: Callable) -> str:

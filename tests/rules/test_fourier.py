@@ -82,9 +82,8 @@ def _(draw, name):
 
 @generated("aten::fft_fftshift", "aten::fft_ifftshift")
 def _(draw, name):
-    shape = shape_of(draw)
-    dims = one_of(draw, None, dims_of(draw, len(shape)))
-    return call(overload(name), t(*shape), dims)
+    shape = shape_of(draw, 1)
+    return call(overload(name), t(*shape), one_of(draw, None, dims_of(draw, len(shape), least=1)))
 
 
 @cases("aten::stft")

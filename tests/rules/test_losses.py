@@ -169,7 +169,7 @@ def _(draw, name):
 @pytest.mark.parametrize(
     ("made", "notation"),
     [
-        (call(aten.mse_loss.default, t(5, 7), t(7)), "d0 d1, d1 -> (); reduces: d0 d1"),
+        (call(aten.mse_loss.default, t(5, 7), t(7), _SUM), "d0 d1, d1 -> (); reduces: d0 d1"),
         (call(aten.cross_entropy_loss.default, t(5, 4), index(4, 5), None, _SUM), "s0 c, s0 -> (); whole: c; reduces: s0"),
         (
             call(aten.cross_entropy_loss.default, t(5, 4), index(4, 5)),

@@ -223,6 +223,98 @@ def _(draw, name):
     return call(overload(name, "default" if divide else "Tensor"), left, right.abs() + 1 if divide else right)
 
 
+def _complex(*shape: int, dtype: torch.dtype = F64) -> torch.Tensor:
+    return torch.complex(t(*shape, dtype=dtype), t(*shape, dtype=dtype))
+
+
+_OF_COMPLEX = [f"aten::{name}" for name in ("real", "imag", "_conj", "conj", "resolve_conj", "resolve_neg")]
+_OF_ONE = [f"aten::{name}" for name in ("alias_copy", "isreal", "hardswish", "log_sigmoid", "special_expit", "zero")]
+_OF_TWO = ["aten::complex", "aten::polar", "aten::isclose", "aten::rsub", "aten::fill", "aten::isin.Tensor_Scalar"]
+
+
+@cases(*_OF_COMPLEX)
+def _(name):
+    for shape in ((5, 7), (3, 1, 5), ()):
+        yield call(overload(name), _complex(*shape))
+
+
+@generated(*_OF_COMPLEX)
+def _(draw, name):
+    return call(overload(name), _complex(*shape_of(draw), dtype=one_of(draw, F64, F32)))
+
+
+@cases(*_OF_ONE)
+def _(name):
+    for shape in ((5, 7), (3, 1, 5), ()):
+        yield call(overload(name), t(*shape))
+    yield call(overload(name), t(5, 7, dtype=BF16))
+
+
+@generated(*_OF_ONE)
+def _(draw, name):
+    return call(overload(name), t(*shape_of(draw), dtype=one_of(draw, F64, F32, BF16)))
+
+
+@cases(*_OF_TWO)
+def _(name):
+    for left, right in _BROADCASTS:
+        yield from _of_two(name, left, right)
+
+
+def _of_two(name: str, left: Sequence[int], right: Sequence[int]) -> Iterator[Call]:
+    if name == "aten::fill":
+        yield call(aten.fill.Tensor, t(*left), t())
+        yield call(aten.fill.Scalar, t(*left), 2.0)
+    elif name == "aten::isin.Tensor_Scalar":
+        yield call(aten.isin.Tensor_Scalar, t(*left, dtype=I64), 1)
+    elif name == "aten::rsub":
+        yield call(aten.rsub.Tensor, t(*left), t(*right), alpha=2)
+        yield call(aten.rsub.Scalar, t(*left), 2.0)
+    else:
+        yield call(overload(name), t(*left), t(*right))
+
+
+@generated(*_OF_TWO)
+def _(draw, name):
+    shape = shape_of(draw)
+    return one_of(draw, *_of_two(name, shape, broadcastable(draw, shape)))
+
+
+@cases("aten::prelu")
+def _():
+    for shape, slopes in (
+        ((5, 6, 7), (6,)),
+        ((5, 6), (1,)),
+        ((5,), (1,)),
+        ((), (1,)),
+        ((5, 6), ()),
+        ((2, 3, 4, 5), (3,)),
+    ):
+        yield call(aten.prelu.default, t(*shape), t(*slopes))
+
+
+@generated("aten::prelu")
+def _(draw):
+    shape = shape_of(draw)
+    slopes = one_of(draw, [1], shape[1:2] or [1])
+    return call(aten.prelu.default, t(*shape), t(*slopes))
+
+
+@cases("aten::glu")
+def _():
+    for dim in (0, 1, -1):
+        yield call(aten.glu.default, t(6, 4, 10), dim)
+    yield call(aten.glu.default, t(5, 14, dtype=BF16))
+
+
+@generated("aten::glu")
+def _(draw):
+    shape = shape_of(draw, 1)
+    dim = one_of(draw, *range(-len(shape), len(shape)))
+    shape[dim] *= 2
+    return call(aten.glu.default, t(*shape, dtype=one_of(draw, F64, F32)), dim)
+
+
 @pytest.mark.parametrize(
     "made",
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from tests.rules.calls import FLOATS, call, cases, generated, one_of, overload, shape_of, t
+from tests.rules.calls import F32, F64, FLOATS, call, cases, generated, one_of, overload, shape_of, t
 
 _POOLS = [f"aten::{kind}_pool{n}d" for kind in ("max", "avg") for n in (1, 2, 3)]
 

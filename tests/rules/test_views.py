@@ -6,6 +6,7 @@ import itertools
 import math
 
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from tests.rules.calls import (
@@ -17,18 +18,22 @@ from tests.rules.calls import (
     FLOATS,
     I64,
     SIZE,
+    Call,
     aten,
     broadcastable,
     call,
     cases,
     dim_of,
     dims_of,
+    fixed_calls,
     generated,
+    generated_calls,
     index,
     one_of,
     overload,
     rule_of,
     shape_of,
+    shards_nothing,
     t,
 )
 
@@ -208,6 +213,9 @@ def _(name):
     for size in ([5, 7], [5, 1, 3], []):
         yield call(overload(name, default), *before, size, *after)
         yield call(overload(name, default), *before, size, *after, dtype=BF16)
+
+
+shards_nothing("aten::arange", "aten::linspace", "aten::eye", because="made from positions: every rank makes all of it")
 
 
 @cases("aten::arange", "aten::linspace", "aten::eye")
@@ -488,6 +496,137 @@ def _(draw, name):
     return call(overload(name), t(*shape, dtype=dtype), ends, *([mode] if name == "aten::pad" else []), *value)
 
 
+# Ops that take the arguments of another.
+_LIKE = {
+    "view_copy": "view",
+    "unsqueeze_copy": "unsqueeze",
+    "squeeze_copy": "squeeze",
+    "permute_copy": "permute",
+    "transpose_copy": "transpose",
+    "t_copy": "t",
+    "swapdims": "swapaxes",
+    "moveaxis": "movedim",
+    "mH": "mT",
+    "adjoint": "mT",
+    "matrix_H": "numpy_T",
+    "expand_copy": "expand",
+    "tile": "repeat",
+    "unsafe_chunk": "chunk",
+    "split_copy": "split",
+    "unsafe_split": "split",
+    "split_with_sizes_copy": "split_with_sizes",
+    "unsafe_split_with_sizes": "split_with_sizes",
+    "unbind_copy": "unbind",
+    "new_empty": "new_zeros",
+}
+
+
+def _like(name: str, made: Call) -> Call | None:
+    """The call `made` as one of the op `name`; None where it has no such overload."""
+    target, args, kwargs = made
+    own = getattr(aten, name.removeprefix("aten::"))
+    return (getattr(own, target._overloadname), args, kwargs) if target._overloadname in own.overloads() else None
+
+
+@cases(*(f"aten::{name}" for name in _LIKE))
+def _(name):
+    for made in fixed_calls(f"aten::{_LIKE[name.removeprefix('aten::')]}"):
+        if (own := _like(name, made)) is not None:
+            yield own
+    if name == "aten::tile":
+        yield call(aten.tile.default, t(5, 1, 7), [3])
+        yield call(aten.tile.default, t(5, 7), [])
+
+
+@generated(*(f"aten::{name}" for name in _LIKE))
+def _(draw, name):
+    calls = generated_calls(f"aten::{_LIKE[name.removeprefix('aten::')]}").map(lambda made: _like(name, made))
+    return draw(calls.filter(lambda made: made is not None))
+
+
+@cases("aten::ravel")
+def _():
+    for shape in ((5, 6, 7), (5,), ()):
+        yield call(aten.ravel.default, t(*shape))
+
+
+@generated("aten::ravel")
+def _(draw):
+    return call(aten.ravel.default, t(*shape_of(draw), dtype=one_of(draw, *DTYPES)))
+
+
+_AT_LEAST = [f"aten::atleast_{n}d.default" for n in (1, 2, 3)]
+
+
+@cases(*_AT_LEAST)
+def _(name):
+    for shape in ((), (5,), (5, 7), (2, 5, 7)):
+        yield call(overload(name), t(*shape))
+
+
+@generated(*_AT_LEAST)
+def _(draw, name):
+    return call(overload(name), t(*shape_of(draw)))
+
+
+@cases("aten::view.dtype")
+def _():
+    for dtype in (I64, F32, BF16, torch.complex128):
+        yield call(aten.view.dtype, t(5, 6), dtype)
+    yield call(aten.view.dtype, t(5, 6, dtype=F32), F64)
+
+
+@generated("aten::view.dtype")
+def _(draw):
+    shape, dtypes = shape_of(draw), (F64, F32, I64)
+    before, after = one_of(draw, *dtypes), one_of(draw, *dtypes)
+    longer = after.itemsize // before.itemsize
+    return call(aten.view.dtype, t(*shape, one_of(draw, 1, 2, 3) * max(longer, 1), dtype=before), after)
+
+
+_ROW_SPLITS = ["aten::hsplit", "aten::vsplit", "aten::dsplit"]
+
+
+@cases(*_ROW_SPLITS, "aten::tensor_split.indices")
+def _(name):
+    if name == "aten::tensor_split.indices":
+        yield call(aten.tensor_split.indices, t(2, 12, 5), [3, 6, 9], 1)
+        yield call(aten.tensor_split.indices, t(2, 12, 5), [1, 4], -2)
+        return
+    yield call(overload(name, "int"), t(6, 6, 6), 3)
+    yield call(overload(name, "array"), t(6, 6, 6), [1, 3])
+    if name == "aten::hsplit":
+        yield call(aten.hsplit.int, t(6), 2)
+
+
+@generated(*_ROW_SPLITS, "aten::tensor_split.indices")
+def _(draw, name):
+    pieces = one_of(draw, [draw(SIZE)] * draw(st.integers(1, 4)), shape_of(draw, 1, 4))
+    shape, ends = shape_of(draw, 3, 3), list(itertools.accumulate(pieces))[:-1]
+    dim = {"aten::vsplit": 0, "aten::hsplit": 1, "aten::dsplit": 2}.get(name, dim_of(draw, 3))
+    shape[dim] = sum(pieces)
+    if name == "aten::tensor_split.indices":
+        return call(aten.tensor_split.indices, t(*shape), ends, dim)
+    if len(set(pieces)) == 1 and draw(st.booleans()):
+        return call(overload(name, "int"), t(*shape), len(pieces))
+    return call(overload(name, "array"), t(*shape), ends)
+
+
+@cases("aten::fliplr", "aten::flipud", "aten::rot90")
+def _(name):
+    for turns in (0, 1, 2, -1) if name == "aten::rot90" else ((),):
+        more = [turns, [-1, 0]] if name == "aten::rot90" else []
+        yield call(overload(name), t(5, 6, 7), *more)
+
+
+@generated("aten::fliplr", "aten::flipud", "aten::rot90")
+def _(draw, name):
+    shape = shape_of(draw, 2, 4)
+    dims = draw(st.permutations(range(len(shape))))[:2]
+    more = [draw(st.integers(-3, 4)), dims] if name == "aten::rot90" else []
+    return call(overload(name), t(*shape, dtype=one_of(draw, *DTYPES)), *more)
+
+
 @pytest.mark.parametrize(
     ("made", "notation"),
     [
@@ -496,6 +635,17 @@ def _(draw, name):
         (call(aten.chunk.default, t(5, 12), 3, -1), "d0 (piece rest) -> d0 rest, d0 rest, d0 rest; moved: piece"),
         (call(aten.repeat.default, t(5, 7), [1, 3]), "d0 d1 -> d0 (r1 d1)"),
         (call(aten.expand.default, t(5, 1), [3, 5, 7]), ".1 1 -> .2 .1 .0"),
+        (call(aten.tile.default, t(5, 7), [3]), "d0 d1 -> d0 (r1 d1)"),
+        (call(aten.repeat_interleave.self_int, t(5, 7), 2), "d0 d1 -> (d0 d1 r)"),
+        (
+            call(aten.split_with_sizes.default, t(9, 7), [1, 6, 2]),
+            "d0 d1 -> 1 d1, piece1 d1, piece2 d1; reduces: d0; ranges: d0 piece1, d0 piece2, d0 piece1 piece2",
+        ),
+        (
+            call(aten.split_with_sizes.default, t(5, 7, dtype=BOOL), [2, 3]),
+            "d0 d1 -> piece0 d1, piece1 d1; ranges: d0 piece0 piece1",
+        ),
+        (call(aten.view.dtype, t(5, 6), F32), ".0 before -> .0 after; moved: after before"),
     ],
 )
 def test_rules_read(made, notation):
@@ -505,8 +655,6 @@ def test_rules_read(made, notation):
 @pytest.mark.parametrize(
     "made",
     [
-        call(aten.view.dtype, t(5, 7), I64),
-        call(aten.repeat_interleave.self_int, t(5, 7), 2),
         call(aten.linspace.Tensor_Scalar, t(dtype=I64), 1, 7),
         call(aten.narrow.Tensor, t(5, 7), 0, index(2), 3),
     ],

@@ -1,0 +1,166 @@
+"""Checkpointing: the parts of a model that run under `torch.utils.checkpoint` stay parts whose activations are recomputed.
+
+`torch.export` looks through a checkpoint and leaves no trace of it. So while a model is captured a checkpoint only marks the
+ops that it runs (`marking`); a rewritten program then runs each marked part under a checkpoint of its own (`local_module`).
+The two private names of `torch.utils.checkpoint` that all its forms come through stand here alone, see
+`test_every_form_of_checkpoint_comes_through_the_names_that_are_replaced`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import traceback
+from torch.utils import checkpoint
+
+from .propagate import Saved
+
+_MARK = "dsp_auto.recomputed"
+
+
+class Marks:
+    """How many checkpoints ran."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        number, self.count = self.count, self.count + 1
+        with traceback.annotate({_MARK: number}):
+            yield
+
+
+@contextmanager
+def marking() -> Iterator[Marks]:
+    """Inside, checkpoints run what they are given and mark its ops."""
+    marks = Marks()
+
+    def without_reentrant(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with marks.one():
+            yield
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+            # Where nothing that it takes requires a gradient, this form gives none to the parameters inside either.
+            wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+            with marks.one(), torch.set_grad_enabled(wanted):
+                return function(*args)
+
+    replaced = {"_checkpoint_without_reentrant_generator": without_reentrant, "CheckpointFunction": Reentrant}
+    original = {name: getattr(checkpoint, name) for name in replaced}
+    for name, value in replaced.items():
+        setattr(checkpoint, name, value)
+    try:
+        yield marks
+    finally:
+        for name, value in original.items():
+            setattr(checkpoint, name, value)
+
+
+def region(node: fx.Node) -> int | None:
+    """The checkpoint that a captured op stands in, None outside of all."""
+    return node.meta.get("custom", {}).get(_MARK)
+
+
+def kept(graph: fx.Graph, saved: Mapping[str, Saved]) -> dict[str, Saved]:
+    """Of what each op saves for backward, what stays where checkpoints recompute: the tensors that a checkpoint takes."""
+    inside: dict[int, set[str]] = {}
+    for node in graph.nodes:
+        if region(node) is not None:
+            inside.setdefault(region(node), set()).add(node.name)
+    found, taken = dict(saved), {}
+    for node in graph.nodes:
+        number = region(node)
+        if number is None:
+            continue
+        found.pop(node.name, None)
+        for operand in node.all_input_nodes:
+            if operand.name not in inside[number] and operand.op != "get_attr":
+                is_item = operand.target is operator.getitem
+                value = (operand.args[0].name, operand.args[1]) if is_item else (operand.name, 0)
+                taken.setdefault(number, (node.name, {}))[1][value] = None
+    for first, values in taken.values():
+        found[first] = Saved(tuple(values))
+    return found
+
+
+def recompute(body: fx.GraphModule, *args: Any) -> Any:
+    """Runs a part of a program; backward runs it again instead of keeping its activations.
+
+    All of it, on every rank: its collectives must meet.
+    """
+    if not torch.is_grad_enabled():
+        return body(*args)
+    with checkpoint.set_checkpoint_early_stop(False):
+        return checkpoint.checkpoint(body, *args, use_reentrant=False)
+
+
+def local_module(graph: fx.Graph, owner: torch.nn.Module) -> fx.GraphModule:
+    """A rewritten graph as a module, with each run of ops of one checkpoint as one call of `recompute`.
+
+    owner: the module whose attributes the graph's `get_attr`s are.
+    """
+    if not any("region" in node.meta for node in graph.nodes):
+        return fx.GraphModule(owner, graph)
+    new, env = fx.Graph(), {}
+    attributes = {node.target: getattr(owner, node.target) for node in graph.nodes if node.op == "get_attr"}
+    for number, run in itertools.groupby(_hoisted(graph), lambda node: node.meta.get("region")):
+        nodes = list(run)
+        if number is None:
+            for node in nodes:
+                env[node] = new.node_copy(node, env.__getitem__)
+            continue
+        body, inputs, results = _body(nodes)
+        name = f"recomputed_{len(attributes)}"
+        attributes[name] = fx.GraphModule(owner, body)
+        call = new.call_function(recompute, (new.get_attr(name), *(env[node] for node in inputs)))
+        call.meta["val"] = tuple(node.meta["val"] for node in results)
+        for position, node in enumerate(results):
+            env[node] = new.call_function(operator.getitem, (call, position))
+            env[node].meta = dict(node.meta)
+    root = torch.nn.Module()
+    for name, value in attributes.items():
+        if isinstance(value, torch.Tensor):
+            root.register_buffer(name, value)
+        else:
+            setattr(root, name, value)
+    return fx.GraphModule(root, new)
+
+
+def _body(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
+    """The nodes as a graph of their own, what it takes, and what it returns."""
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside))
+    results = [node for node in nodes if any(user not in inside for user in node.users)]
+    body, own = fx.Graph(), {}
+    for node in inputs:
+        own[node] = body.placeholder(node.name)
+        own[node].meta = dict(node.meta)
+    for node in nodes:
+        own[node] = body.node_copy(node, own.__getitem__)
+    body.output(tuple(own[node] for node in results)).meta["val"] = tuple(node.meta["val"] for node in results)
+    return body, inputs, results
+
+
+def _hoisted(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes in an order in which what a checkpoint does not hold, and does not need it, comes before it."""
+    found: list[fx.Node] = []
+    waiting: list[fx.Node] = []  # the run of a checkpoint that may go on
+    for node in graph.nodes:
+        number = node.meta.get("region")
+        if waiting and number is None and node.op != "output" and not set(node.all_input_nodes) & set(waiting):
+            found.append(node)
+            continue
+        if waiting and number != waiting[0].meta["region"]:
+            found += waiting
+            waiting = []
+        (waiting if number is not None else found).append(node)
+    return found + waiting

@@ -1,0 +1,143 @@
+"""A rehearsal says what all ranks of a mesh end with, and how far that is from one device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import dsp_auto.rehearse as rehearsal
+from dsp_auto.errors import DspError, LayoutError, NoShardableFactorError
+from dsp_auto.rehearse import rehearse
+from tests.graphs import random_program
+from tests.test_parallelize import Axial, WithStatistics
+
+
+def axial():
+    torch.manual_seed(0)
+    return Axial().double(), torch.randn(2, 6, 5, 8, dtype=torch.float64, requires_grad=True)
+
+
+def agrees(found) -> bool:
+    return max(found.output[0], found.gradient[0]) < 1e-12 and all(entry.agrees for entry in found.traffic)
+
+
+@pytest.mark.parametrize("mesh", ["1", "2", "3", "5", "2x2", "1x3"])
+def test_all_ranks_end_with_what_one_device_has(mesh):
+    model, x = axial()
+    found = rehearse(model, mesh, (x,), {"scale": 0.5})
+    assert agrees(found)
+    whole = model(x, scale=0.5)
+    for rank in found.ranks:
+        torch.testing.assert_close(list(rank.outputs.values())[:2], [whole["x"].detach(), whole["mean"].detach()])
+        assert rank.gradients.keys() == {"input x", *(name for name, _ in model.named_parameters())}
+
+
+@pytest.mark.parametrize("ranks, in_dim, out_dim", [(2, 1, 2), (4, 2, 1)])
+def test_parts_are_cut_as_the_layouts_say(ranks, in_dim, out_dim):
+    model, x = axial()
+    found = rehearse(model, str(ranks), (x,), in_layouts={"x": {"sp": in_dim}}, out_layouts=[{"sp": out_dim}, None])
+    assert agrees(found)
+    whole = model(x)["x"].detach()
+    for number, rank in enumerate(found.ranks):
+        torch.testing.assert_close(rank.outputs["output 0"], whole.tensor_split(ranks, out_dim)[number])
+        assert rank.gradients["input x"].shape == x.tensor_split(ranks, in_dim)[number].shape
+
+
+def test_nothing_of_the_model_changes_and_its_buffers_are_compared():
+    torch.manual_seed(0)
+    model, x = WithStatistics().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    found = rehearse(model, "3", (x,))
+    assert agrees(found)
+    assert {"buffer norm.running_mean", "buffer norm.num_batches_tracked"} <= found.ranks[0].outputs.keys()
+    assert not torch.equal(found.ranks[0].outputs["buffer norm.running_mean"], before["norm.running_mean"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.unused = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.second.bias.requires_grad_(False)
+
+    def forward(self, x):
+        x = x + self.first(x).softmax(1)
+        return x + self.second(x).softmax(2)
+
+
+def test_tied_frozen_and_unused_parameters():
+    torch.manual_seed(0)
+    found = rehearse(_Tied().double(), "3", (torch.randn(2, 6, 5, 4, dtype=torch.float64),))
+    assert agrees(found)
+    assert "second.bias" not in found.ranks[0].gradients and found.ranks[0].gradients["unused.weight"] is None
+
+
+def test_without_gradients():
+    model, x = axial()
+    with torch.no_grad():
+        found = rehearse(model, "2", (x,))
+    assert agrees(found) and found.output[1] and all(grad is None for grad in found.ranks[0].gradients.values())
+
+
+def test_a_rank_that_computes_something_else_is_found(monkeypatch):
+    written = rehearsal.finish
+
+    def wrong(prepared, solution, coordinate, groups):
+        plan, graph = written(prepared, solution, coordinate, groups)
+        if coordinate == (1,):
+            node = next(node for node in graph.nodes if node.target is torch.ops.aten.softmax.int)
+            with graph.inserting_after(node):
+                scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, 2))
+            node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        return plan, graph
+
+    monkeypatch.setattr(rehearsal, "finish", wrong)
+    model, x = axial()
+    found = rehearse(model, "2", (x,))
+    assert found.output[0] > 1e-3 and found.gradient[0] > 1e-3
+
+
+def test_an_output_of_another_dtype_is_an_error(monkeypatch):
+    written = rehearsal.finish
+
+    def wrong(*given):
+        plan, graph = written(*given)
+        output = graph.output_node()
+        with graph.inserting_before(output):
+            other = graph.call_function(torch.ops.aten.to.dtype, (output.args[0][0], torch.float32))
+        output.args = ((other, *output.args[0][1:]),)
+        return plan, graph
+
+    monkeypatch.setattr(rehearsal, "finish", wrong)
+    model, x = axial()
+    with (
+        torch.no_grad(),
+        pytest.raises(DspError, match="output 0 on rank 0 is torch.float32.*one device has torch.float64"),
+    ):
+        rehearse(model, "2", (x,))
+
+
+def test_what_cannot_be_planned_is_the_planners_error():
+    model, x = axial()
+    with pytest.raises(NoShardableFactorError):
+        rehearse(nn.Linear(8, 8).double(), "2", (x,))
+    with pytest.raises(LayoutError, match="names the input 'y'"):
+        rehearse(model, "2", (x,), in_layouts={"y": {"sp": 1}})
+
+
+def test_a_captured_program_takes_the_values_of_its_inputs():
+    program = replace(random_program(3, 12, True), seconds={"export": 0.0, "capture": 0.0})
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    values = [
+        torch.randn(node.meta["val"].shape).requires_grad_(entry.kind == "parameter")
+        for node, entry in zip(nodes, program.inputs)
+    ]
+    found = rehearse(program, "3", values)
+    assert found.output[0] < 1e-5 and found.gradient[0] < 1e-4 and found.ranks[0].gradients
