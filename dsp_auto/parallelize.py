@@ -22,6 +22,8 @@ from .errors import DspError, LayoutError, MeshError
 from .mesh import as_mesh
 from .passes.capture import Program, capture, ordered_kwargs
 from .passes.checkpointing import local_module
+from .passes.factorize import node_call
+from .passes.rules import why_none
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .primitives import before_first_collective
@@ -323,9 +325,15 @@ def _nothing() -> None:
 
 
 def _draws(ready: Prepared) -> bool:
+    """Whether the program draws random numbers, as far as its rules know; an op without a rule may."""
     seeded = torch.Tag.nondeterministic_seeded
     ops = ready.problem.graph.factors.ops
-    return any(op.rule.is_random if op.rule else seeded in getattr(op.node.target, "tags", ()) for op in ops)
+    return any(
+        op.rule.is_random
+        if op.rule
+        else seeded in getattr(op.node.target, "tags", ()) or "random" in why_none(node_call(op.node))
+        for op in ops
+    )
 
 
 def _whole_arguments(args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> tuple[tuple, dict]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import os
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import traceback
+from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import CaptureError, first_lines
@@ -87,6 +89,9 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
     if _needs_functionalization(exported.graph_module):
         exported = exported.run_decompositions({aten.copy.default: _copy})
         _compose(exported.graph_module.graph)
+        for node in exported.graph_module.graph.nodes:
+            if node.target is aten.view.default:  # strides in this trace are not those of a run that keeps gradients
+                node.target = aten.reshape.default
     module = exported.graph_module
     _write_out_shapes(module.graph)
     _drop_empty_parts(module.graph)
@@ -169,11 +174,13 @@ def _export(model: nn.Module, args: tuple, kwargs: dict) -> torch.export.Exporte
         with marking() as marks:
             exported = torch.export.export(model, args, kwargs, strict=False)
             if marks.count and torch.is_grad_enabled():
-                with traceback.preserve_node_meta():  # which keeps the marks, and takes a little longer
+                with fx_traceback.preserve_node_meta():  # which keeps the marks, and takes a little longer
                     exported = torch.export.export(model, args, kwargs, strict=False)
         return exported
     except Exception as error:
-        reason = first_lines(error)
+        by_value = "data-dependent" in str(error)
+        reason = "the value of a tensor decides what runs" if by_value else first_lines(error)
+        reason += _place(error)
         where = _failing_module(model, args, kwargs)
         raise CaptureError(
             asked=f"cannot capture {type(model).__name__} with torch.export",
@@ -182,6 +189,13 @@ def _export(model: nn.Module, args: tuple, kwargs: dict) -> torch.export.Exporte
             remedy="make torch.export.export(model, args, kwargs, strict=False) succeed: the usual causes are control flow "
             "that depends on tensor values and .item()",
         ) from error
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code an error came from."""
+    ours = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
 
 
 def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
@@ -365,7 +379,13 @@ def _mutated(exported: torch.export.ExportedProgram) -> tuple[tuple[str, str], .
         elif spec.kind == OutputKind.USER_INPUT_MUTATION:
             found.append(("input", spec.target))
         elif spec.kind != OutputKind.USER_OUTPUT:
-            raise CaptureError(f"cannot capture the model: its graph returns {spec.arg.name} ({spec.kind.name}).")
+            name = getattr(spec, "target", None) or spec.arg.name
+            raise CaptureError(
+                asked="cannot capture the model",
+                found=f"forward() changes {name} in place ({spec.kind.name.lower().replace('_', ' ')})",
+                where=name.rpartition(".")[0] or None,
+                remedy="change parameters before: in the constructor, or by one forward pass if it does so only once",
+            )
     return tuple(found)
 
 

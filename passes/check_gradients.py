@@ -31,7 +31,9 @@ def _graph_leaves(outputs: list[Any]) -> tuple[set[int], set[str]]:
         function = todo.pop()
         if hasattr(function, "variable"):
             leaves.add(id(function.variable))
-        if isinstance(function, torch.autograd.function.BackwardCFunction):
+        # Of an op of torch.library the graph keeps the op, and with it this function.
+        of_an_op = type(function).__name__.startswith("GeneratedBackwardFor_")
+        if isinstance(function, torch.autograd.function.BackwardCFunction) and not of_an_op:
             custom.add(type(function).__name__.removesuffix("Backward"))
         for following, _ in function.next_functions:
             if following is not None and following not in seen:
@@ -122,7 +124,7 @@ def check_gradients(
             raise CaptureError(
                 asked="cannot check that the captured graph keeps the model's gradients",
                 found=f"the model does not run on fake tensors: {first_lines(error)}",
-                remedy="keep values of tensors out of Python code in forward()",
+                remedy="where forward() uses values of tensors in Python, keep them out; else what the op says",
             ) from error
     model_leaves, custom = _graph_leaves(pytree.tree_leaves(result))
     if custom:

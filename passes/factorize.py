@@ -332,11 +332,16 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _rule(node: fx.Node, known: dict, rng: str) -> OpRule | None:
-    """The op's rule; calls that differ only in where their operands come from share it."""
+def node_call(node: fx.Node) -> OpCall:
+    """The call that a node of the graph makes, as rules see it."""
     results = [value for value in node_values(node) if isinstance(value, torch.Tensor)]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"] if is_tensor(n) else n)
-    call = OpCall.of(node.target, args, kwargs, results)
+    return OpCall.of(node.target, args, kwargs, results)
+
+
+def _rule(node: fx.Node, known: dict, rng: str) -> OpRule | None:
+    """The op's rule; calls that differ only in where their operands come from share it."""
+    call = node_call(node)
     key = (node.target, repr((call.args, call.kwargs)), call.outputs, call.same_dtype)
     if key not in known:
         sizes = {size for shape in (*(o.shape for o in call.operands), *call.outputs) for size in shape}

@@ -80,7 +80,10 @@ def propagate(module: fx.GraphModule, grads: Sequence[bool]) -> tuple[bool, dict
                 packed.clear()
                 try:
                     value = node.target(*args, **kwargs)
-                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                except Exception as error:
+                    by_value = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+                    if not by_value and node.target is not torch.ops.aten.item.default:
+                        raise
                     raise CaptureError(
                         asked=f"cannot plan {node.target}",
                         found="its result depends on the values of tensors, in size or as a number in Python",

@@ -10,18 +10,16 @@ from typing import Any
 
 import networkx
 import torch
-from torch import fx
 
 from dsp_auto.cost_models.communication import Cost
 from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
 from .checkpointing import region
-from .factorize import Op, is_tensor
+from .factorize import node_call
 from .layout import R, show_placement
-from .notation import OpCall, OpRule
+from .notation import OpRule
 from .problem import Problem, Resharding
-from .propagate import node_values
 from .rules import WRITTEN, origin, why_none
 from .solve import Solution
 from .stages import OP, OUTPUT, Stage
@@ -104,7 +102,7 @@ def _replicated(
             "target": str(stage.op.node.target),
             "path": stage.op.path,
             "bytes": sum(values[result].nbytes for result in stage.op.results),
-            **({"why": _why_none(stage.op)} if stage.op.rule is None else {}),
+            **({"why": why_none(node_call(stage.op.node))} if stage.op.rule is None else {}),
         }
         for stage in problem.graph.stages
         if _runs_replicated(problem, choice, stage) and why(stage.op.rule)
@@ -120,12 +118,6 @@ def _rules(problem: Problem) -> tuple[dict[str, Any], ...]:
         for (target, rule, whose), count in found.items()
         if whose != WRITTEN
     )
-
-
-def _why_none(op: Op) -> str:
-    results = [value for value in node_values(op.node) if isinstance(value, torch.Tensor)]
-    args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda n: n.meta["val"] if is_tensor(n) else n)
-    return why_none(OpCall.of(op.node.target, args, kwargs, results))
 
 
 def _activations(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:

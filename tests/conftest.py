@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.world import World
+
+os.environ.setdefault("DSP_AUTO_CACHE", "off")  # rules found in tests stay out of the user's cache
 
 
 @pytest.fixture(scope="session")

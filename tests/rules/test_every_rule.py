@@ -20,7 +20,7 @@ from dsp_auto.passes.prove import Cut, Example, Proof, difference, prove
 from tests.rules.calls import CASES, GENERATED, NOTHING_TO_SHARD, fixed_calls, generated_calls, rule_of
 
 # Generated calls of each rule; a longer run sets more.
-_EXAMPLES = int(os.environ.get("DSP_AUTO_RULE_EXAMPLES", 25))
+_EXAMPLES = int(os.environ.get("DSP_AUTO_RULE_EXAMPLES", 20))
 
 for _module in pkgutil.iter_modules(tests.rules.__path__, "tests.rules."):
     importlib.import_module(_module.name)
@@ -77,7 +77,7 @@ def test_shards_of_generated_calls_give_what_one_device_computes(name):
 def test_two_mesh_dims_at_once_give_what_one_device_computes(name):
     """Two cuts of a generated call, of other axes or of one axis twice, in either order."""
 
-    @_many
+    @settings(_many, max_examples=_EXAMPLES // 2)
     @given(generated_calls(name), st.data())
     def run(made, data):
         rule = rule_of(made)
