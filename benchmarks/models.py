@@ -12,7 +12,8 @@ gradients of all parameters. What is shown of each:
     bytes       wire bytes per device, and whether the ranks sent what was predicted
 
 and over all of them the shares of the bar: planned, without a replicated stage above 1% of the activation bytes, equal to one
-device in forward and in gradient. A model that hangs or dies ends its own measurement only.
+device in forward and in gradient. What is random draws the numbers of one device (`rng="serial"`). A model that hangs or dies
+ends its own measurement only.
 
     python benchmarks/models.py [--only SUBSTRING ...] [--ranks 2] [--out benchmarks/results/models.json]
 """
@@ -67,7 +68,7 @@ def measure(rank: int, ranks: int, name: str, train: bool, time_limit: float) ->
 def compared(name: str, train: bool, ranks: int, time_limit: float, dtype: torch.dtype) -> dict[str, Any]:
     model, args, kwargs = built(name, train, dtype)
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
-    found = verify.compare(model, mesh, args, kwargs, backward=train, time_limit=time_limit)
+    found = verify.compare(model, mesh, args, kwargs, backward=train, time_limit=time_limit, rng="serial")
     plan = found.plan
     made = plan.activations
     layouts: Counter[str] = Counter()
@@ -130,6 +131,7 @@ def ask(world: World, name: str, train: bool, time_limit: float) -> dict[str, An
     try:
         rows = world.run(measure, name, train, time_limit)
     except RankError as error:
+        world.stop(force=True)  # where all ranks died, the world itself takes them for alive
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         own = [line for line in lines if line.startswith("File ") and ("/dsp_auto/" in line or "/passes/" in line)]
         found = one_line(error.cause) if error.cause is not None else lines[-1][:300]

@@ -432,7 +432,7 @@ def _exchange(
 def _all_to_all(flat: Tensor, receives: list[int], sends: list[int], at: _At) -> Tensor:
     """Exchanges the blocks of a flat tensor; counts are elements."""
     wire = _as_moved(flat)
-    if wire is not flat:
+    if wire.dtype != flat.dtype:
         scale = flat.element_size()
         receives, sends = [n * scale for n in receives], [n * scale for n in sends]
     received = _communicate(_c10d.all_to_all_single, at, wire, receives, sends, at.group)
@@ -522,7 +522,8 @@ def _resized(x: Tensor, dim: int, size: int) -> list[int]:
 
 
 def _as_moved(flat: Tensor) -> Tensor:
-    return flat if flat.dtype in _MOVED_AS_IS else flat.view(torch.uint8)
+    flat = flat.contiguous()
+    return flat if flat.dtype in _MOVED_AS_IS else flat.resolve_conj().resolve_neg().view(torch.uint8)
 
 
 def _as_was(wire: Tensor, dtype: torch.dtype) -> Tensor:

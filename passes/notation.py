@@ -277,7 +277,11 @@ class OpRule:
     def computes_over(self) -> frozenset[str]:
         """Axes along which elements meet in one result."""
         near = {axis for w in self.windows if w.computes for axis in (w.source, w.target)}
-        return frozenset(self.whole | self.combines.keys() | (near & self.sizes.keys()))
+        # To count along an axis is no computing over it.
+        together = {
+            axis for axis, own in self.combines.items() if any(statistic.dtype.is_floating_point for statistic in own)
+        }
+        return frozenset(self.whole | together | (near & self.sizes.keys()))
 
     def can_shard(self, axis: str) -> bool:
         """Whether ranks may each take any part of `axis`."""

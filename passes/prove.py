@@ -9,6 +9,7 @@ hold must come together to what one device computes:
 The second line is the algebra of layouts: an operand that lacks a sharded axis is Replicate with a Partial gradient.
 An axis may be merged from several factors, any one of which is shared out, so its minor part is cut as well; an axis that
 may only be cut into ranges is cut in whole units too. Ops that communicate by themselves do so between simulated ranks.
+Of ops that draw random numbers the form is run that draws what one device does.
 Nothing here needs a rule that somebody wrote: `difference` tries any cut of any rule, guessed ones too; and several cuts
 at once, as on a mesh of several dims.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -73,7 +75,8 @@ class Example:
         operands = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         leaves = _leaves(operands)
         called, named = _replaced(args, kwargs, leaves)
-        results = _tensors(target(*called, **named))
+        with _seeded(target):
+            results = _tensors(target(*called, **named))
         generator = torch.Generator().manual_seed(0)
         cotangents = tuple(
             torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
@@ -91,7 +94,9 @@ class Example:
         return max((_TOLERANCE.get(dtype, _TOLERANCE_HALF) for dtype in inexact), default=0.0)
 
     def find_rule(self) -> OpRule | None:
-        return find_rule(OpCall.of(self.target, self.args, self.kwargs, self.results))
+        """The rule of the call; of random numbers, those of one device."""
+        found = find_rule(OpCall.of(self.target, self.args, self.kwargs, self.results))
+        return None if found is None else found.drawn_serially()
 
 
 def prove(
@@ -162,7 +167,8 @@ def difference(example: Example, rule: OpRule, *cuts: Cut) -> str | None:
         here = shards[at].here(rule)
         try:
             args, kwargs = _replaced(example.args, example.kwargs, leaves[at])
-            own = _tensors(rule.call(_run, example.target, args, kwargs, here))
+            with _seeded(example.target):
+                own = _tensors(rule.call(_run, example.target, args, kwargs, here))
         except Exception as error:  # any op may refuse a shard in its own way
             return f"the call on rank {rank} fails: {error}"
         shapes = tuple(tuple(result.shape) for result in own)
@@ -373,6 +379,17 @@ def _misread(example: Example, rule: OpRule) -> str | None:
         if before.dtype != after.dtype or not torch.equal(before, after):
             return "the result of a view has the operand's elements, and this one has others"
     return None
+
+
+@contextmanager
+def _seeded(target: Any) -> Iterator[None]:
+    """Inside, an op that draws random numbers draws the same ones each time; afterwards the generator is as before."""
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 def _run(target: Any, *args: Any, **kwargs: Any) -> Any:

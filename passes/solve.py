@@ -20,6 +20,12 @@ from .problem import Problem
 SLACK = 0.10
 # A folded plan this close to its bound is not worth solving the whole problem for.
 GAP = 0.02
+# Folding that leaves more than this share of the stages is not worth solving twice for.
+FOLDED = 0.7
+# Seconds that the unfolded problem gets at least.
+APART_SECONDS = 5.0
+# With more program points than this, those that bind are found by looking at what a solution exceeds.
+FEW_POINTS, NEW_POINTS = 400, 24
 
 
 @dataclass(frozen=True)
@@ -61,20 +67,23 @@ def solve(
     started = time.perf_counter()
     apart = tuple(range(len(problem.graph.stages)))
     same = fold(problem.graph) if use_folding else apart
+    if len(set(same)) > FOLDED * len(same):
+        same = apart  # it would save little, and might have to be solved again
     model = Model(problem, same)
-    rows = model.points()
     if capacity is None:
-        capacity = int(_least_peak(problem, model, rows, time_limit)[0] * (1 + SLACK))
-    answer = model.solve(rows, capacity, time_limit=time_limit)
-    bound = _cost(problem, answer) if answer.optimal else _relaxed(model, rows, capacity, time_limit)
+        capacity = int(_least_peak(problem, model, time_limit)[0] * (1 + SLACK))
+    answer, points = _solve(problem, model, capacity, time_limit)
+    bound = _cost(problem, answer) if answer.optimal else _relaxed(model, points, capacity, time_limit)
     if same != apart:
         bound = _lower_bound(problem, same, answer, capacity, time_limit)
         if answer.choice is None or _distance(_cost(problem, answer), bound) > gap:
-            answer, bound = _solve_apart(problem, apart, answer, bound, set(rows), capacity, time_limit)
+            # What takes the folded problem long takes the whole one too long.
+            left = min(time_limit, max(APART_SECONDS, 3 * (time.perf_counter() - started)))
+            answer, bound = _solve_apart(problem, apart, answer, bound, points, capacity, left)
     if answer.choice is None:
         if answer.status != "Infeasible":
             raise _out_of_time(time_limit)
-        raise _infeasible(problem, model, rows, capacity, time_limit)
+        raise _infeasible(problem, model, capacity, time_limit)
     objective = problem.cost(answer.choice)
     return Solution(
         choice=answer.choice,
@@ -102,8 +111,42 @@ def _distance(objective: float | None, bound: float | None) -> float:
     return max(objective - bound, 0.0) / objective if objective > 0 else 0.0
 
 
-def _least_peak(problem: Problem, model: Model, rows, time_limit: float) -> tuple[int, tuple[int, ...]]:
-    answer = model.solve(rows, None, time_limit=time_limit)
+def _solve(
+    problem: Problem, model: Model, capacity: int | None, time_limit: float, points: set[int] | None = None
+) -> tuple[Answer, set[int]]:
+    """The cheapest choice within `capacity`, or without one the choice of the least peak; and the program points that it
+    took to find it. A point is looked at once a choice exceeds it."""
+    if len(problem.points) <= FEW_POINTS:
+        rows = model.points()
+        return model.solve(rows, capacity, time_limit=time_limit), set(rows)
+    points = set(points or ()) | _high_points(problem)
+    deadline = time.perf_counter() + time_limit
+    while True:
+        left = max(deadline - time.perf_counter(), 0.1)
+        answer = model.solve(model.points(points), capacity, time_limit=left)
+        if answer.choice is None:
+            return answer, points
+        totals = problem.totals(answer.choice)
+        limit = capacity if capacity is not None else max((totals[n] for n in points), default=0)
+        exceeded = sorted((n for n, total in enumerate(totals) if total > limit), key=lambda n: -totals[n])
+        if not exceeded or time.perf_counter() > deadline:
+            # Out of time the choice found last may not fit: then there is none.
+            fits = not exceeded or capacity is None
+            return (answer if fits else replace(answer, status="Not Solved", choice=None, optimal=False)), points
+        points |= set(exceeded[:NEW_POINTS])
+
+
+def _high_points(problem: Problem) -> set[int]:
+    """Points at which most may be alive: the last one, where everything is kept, and those with the largest results."""
+    values = problem.graph.factors.values
+    stages = problem.graph.stages
+    sizes = [sum(values[v].nbytes for v in (*stages[p.stage].op.operands, *stages[p.stage].op.results)) for p in problem.points]
+    largest = sorted(range(len(sizes)), key=lambda n: -sizes[n])[:NEW_POINTS]
+    return {len(sizes) - 1, *largest}
+
+
+def _least_peak(problem: Problem, model: Model, time_limit: float) -> tuple[int, tuple[int, ...]]:
+    answer, _ = _solve(problem, model, None, time_limit)
     if answer.choice is None:
         raise _out_of_time(time_limit)
     return problem.peak(answer.choice)[0], answer.choice
@@ -115,9 +158,9 @@ def _out_of_time(time_limit: float) -> StrategyError:
     )
 
 
-def _relaxed(model: Model, rows, capacity: int, time_limit: float) -> float | None:
+def _relaxed(model: Model, points: set[int], capacity: int, time_limit: float) -> float | None:
     """A lower bound where the solver ran out of time: the problem without integrality."""
-    return model.solve(rows, capacity, integer=False, time_limit=time_limit).value
+    return model.solve(model.points(points), capacity, integer=False, time_limit=time_limit).value
 
 
 def _lower_bound(
@@ -137,24 +180,18 @@ def _lower_bound(
 def _solve_apart(
     problem: Problem, apart: Sequence[int], folded: Answer, bound, points: set[int], capacity: int, time_limit: float
 ) -> tuple[Answer, float | None]:
-    """The problem without folding; points that a solution turns out to exceed are added until it exceeds none."""
-    model = Model(problem, apart)
-    deadline = time.perf_counter() + time_limit
-    while (left := deadline - time.perf_counter()) > 0:
-        answer = model.solve(model.points(points), capacity, time_limit=left)
-        if answer.choice is None:
-            break
-        exceeded = {n for n, total in enumerate(problem.totals(answer.choice)) if total > capacity}
-        if exceeded <= points:
-            if folded.choice is not None and problem.cost(folded.choice) <= problem.cost(answer.choice):
-                answer = replace(folded, variables=answer.variables, constraints=answer.constraints)
-            return answer, problem.cost(answer.choice) if answer.optimal else bound
-        points = points | exceeded
-    return folded, bound
+    """The problem without folding, as far as the time goes."""
+    answer, _ = _solve(problem, Model(problem, apart), capacity, time_limit, points)
+    if answer.choice is None:
+        return folded, bound
+    known = problem.cost(answer.choice) if answer.optimal else bound
+    if folded.choice is not None and problem.cost(folded.choice) <= problem.cost(answer.choice):
+        answer = replace(folded, variables=answer.variables, constraints=answer.constraints)
+    return answer, known
 
 
-def _infeasible(problem: Problem, model: Model, rows, capacity: int, time_limit: float) -> InfeasibleError:
-    least, choice = _least_peak(problem, model, rows, time_limit)
+def _infeasible(problem: Problem, model: Model, capacity: int, time_limit: float) -> InfeasibleError:
+    least, choice = _least_peak(problem, model, time_limit)
     _, where = problem.peak(choice)
     stage = problem.graph.stages[where.stage]
     return InfeasibleError(

@@ -79,6 +79,13 @@ def test_tied_frozen_and_unused_parameters():
     assert "second.bias" not in found.ranks[0].gradients and found.ranks[0].gradients["unused.weight"] is None
 
 
+def test_random_numbers_are_those_of_one_device_where_the_plan_says_so():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Softmax(1), nn.Dropout(0.5), nn.Softmax(2), nn.Dropout(0.5)).double()
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert agrees(rehearse(model, "3", (x,), rng="serial"))
+
+
 def test_without_gradients():
     model, x = axial()
     with torch.no_grad():
@@ -127,7 +134,7 @@ def test_an_output_of_another_dtype_is_an_error(monkeypatch):
 def test_what_cannot_be_planned_is_the_planners_error():
     model, x = axial()
     with pytest.raises(NoShardableFactorError):
-        rehearse(nn.Linear(8, 8).double(), "2", (x,))
+        rehearse(nn.Linear(8, 8).double(), "2", (x,), strategy="dsp")
     with pytest.raises(LayoutError, match="names the input 'y'"):
         rehearse(model, "2", (x,), in_layouts={"y": {"sp": 1}})
 

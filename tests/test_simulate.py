@@ -214,9 +214,10 @@ def _switch(rank, size):
     ],
 )
 def test_ranks_that_do_not_meet_are_an_error(program, message):
+    before = threading.enumerate()
     with pytest.raises(AgreementError, match=message):
         simulate.run(2, program)
-    assert threading.active_count() == 1
+    assert threading.enumerate() == before
 
 
 def test_the_error_names_both_ranks_and_their_collectives():
@@ -252,10 +253,11 @@ def test_a_rank_that_raises_ends_all_ranks_with_its_exception(culprit, meetings)
             went_on.append(rank)
         went_on.append(rank)
 
+    before = threading.enumerate()
     with pytest.raises(KeyError, match="culprit") as error:
         simulate.run(3, program)
     assert error.value.__notes__ == [f"on rank {culprit} of 3 simulated ranks"]
-    assert not went_on and threading.active_count() == 1
+    assert not went_on and threading.enumerate() == before
 
 
 def test_a_rank_that_raises_in_backward_ends_all_ranks():
@@ -266,9 +268,10 @@ def test_a_rank_that_raises_in_backward_ends_all_ranks():
             y.register_hook(lambda grad: 1 / 0)
         y.sum().backward()
 
+    before = threading.enumerate()
     with pytest.raises(ZeroDivisionError):
         simulate.run(2, program)
-    assert threading.active_count() == 1
+    assert threading.enumerate() == before
 
 
 def test_tensors_of_other_devices_are_refused():

@@ -76,16 +76,23 @@ def find_rule(call: OpCall) -> OpRule | None:
     function = rule_function(call.target)
     if function is not None:
         return function(call)
-    return _discovered(call).rule if isinstance(call.target, torch._ops.OpOverload) else None
+    can_be_tried = isinstance(call.target, torch._ops.OpOverload) and not _is_torchs_own(call.target)
+    return _discovered(call).rule if can_be_tried else None
 
 
 def why_none(call: OpCall) -> str:
     """Why `find_rule` has nothing for this call."""
     if not isinstance(call.target, torch._ops.OpOverload):
         return "it is no op of a torch library"
+    if _is_torchs_own(call.target) and rule_function(call.target) is None:
+        return "nobody wrote one, and PyTorch's own ops are not tried out: some kernels trust the shapes that they get"
     if rule_function(call.target) is not None:
         return "its rule does not describe this call"
     return _discovered(call).why
+
+
+def _is_torchs_own(target: torch._ops.OpOverload) -> bool:
+    return target.namespace in ("aten", "prims")
 
 
 def _discovered(call: OpCall) -> Any:

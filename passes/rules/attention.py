@@ -60,6 +60,21 @@ def _device(x) -> torch.device:
     return (x.meta["val"] if hasattr(x, "meta") else x).device
 
 
+@rule("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math")
+def attention_kernel(call: OpCall) -> OpRule | None:
+    """What attention lowers to on the CPU gives besides what the softmax was: its scale for each query, or all of it."""
+    if call.bound.get("enable_gqa") or call.bound.get("dropout_mask") is not None:
+        return None
+    is_math = call.target._schema.name == "aten::_scaled_dot_product_attention_math"
+    second = "... s t" if is_math else "... s"
+    return from_notation(
+        f"... s d, ... t d, ... t e, ... s t -> ... s e, {second}",
+        call,
+        whole={"t", "d", "e"} | ({"s"} if call["is_causal"] else set()),
+        is_random=call["dropout_p"] > 0,
+    )
+
+
 @rule("aten::softmax", "aten::log_softmax", "aten::_softmax", "aten::_log_softmax")
 def softmax(call: OpCall) -> OpRule:
     names = [f"d{position}" for position in range(len(call.operands[0].shape))]

@@ -134,7 +134,9 @@ def kron(call: OpCall) -> OpRule:
     left, right = (numbered(max(ranks), letter) for letter in "ab")
     sizes = {}
     for names, operand in zip((left, right), call.operands, strict=True):
-        sizes |= dict.fromkeys(names, 1) | dict(zip(names[len(names) - len(operand.shape) :], operand.shape, strict=True))
+        sizes |= dict.fromkeys(names, 1) | dict(
+            zip(names[len(names) - len(operand.shape) :], operand.shape, strict=True)
+        )
     groups = (" ".join(names[len(names) - rank :]) for names, rank in zip((left, right), ranks, strict=True))
     out = " ".join(f"({a} {b})" for a, b in zip(left, right, strict=True))
     return from_notation(f"{', '.join(groups)} -> {out}", call, sizes=sizes)

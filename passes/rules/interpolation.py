@@ -32,7 +32,9 @@ def interpolate(call: OpCall) -> OpRule:
     sizes_before, sizes_after = call.operands[0].shape[2:], call.outputs[0][2:]
     before, after, moved, sizes = [], [], [], {}
     windows: dict[int, Window] = {}
-    for n, (old, new, scale) in enumerate(zip(sizes_before, sizes_after, _scales(call, len(sizes_before)), strict=True)):
+    for n, (old, new, scale) in enumerate(
+        zip(sizes_before, sizes_after, _scales(call, len(sizes_before)), strict=True)
+    ):
         factor = _whole_factor(call, old, new, scale)
         if old == new and scale in (None, 1.0) and name not in _ANTIALIASED:
             before.append(f"s{n}")

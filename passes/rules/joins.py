@@ -25,7 +25,9 @@ def cartesian_prod(call: OpCall) -> OpRule:
 
 @rule("aten::broadcast_tensors")
 def broadcast_tensors(call: OpCall) -> OpRule:
-    return from_notation(", ".join(["..."] * len(call.operands)) + " -> " + ", ".join(["..."] * len(call.outputs)), call)
+    return from_notation(
+        ", ".join(["..."] * len(call.operands)) + " -> " + ", ".join(["..."] * len(call.outputs)), call
+    )
 
 
 @rule("aten::hstack", "aten::vstack", "aten::row_stack", "aten::dstack", "aten::column_stack")

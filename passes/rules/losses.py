@@ -6,6 +6,8 @@ many targets are not ignored, ranks count them together.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..notation import Local, OpCall, OpRule, Statistic, from_notation
@@ -18,7 +20,7 @@ _NONE, _MEAN, _SUM = range(3)
 _COUNTS_ITS_OWN = ("aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss")
 
 
-def _loss(call: OpCall, operands: list[str], each: list[str], whole: list[str] | str = ()) -> OpRule:
+def _loss(call: OpCall, operands: list[str], each: list[str], whole: Iterable[str] = ()) -> OpRule:
     """operands: the notation of each operand; each: the axes of the losses before they are reduced."""
     reduction = call["reduction"]
 

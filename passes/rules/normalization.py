@@ -21,6 +21,16 @@ def layer_norm(call: OpCall) -> OpRule:
     return from_notation(text, call, whole=names)
 
 
+@rule("aten::_weight_norm")
+def weight_norm(call: OpCall) -> OpRule:
+    """`v` over its norm, times `g`: a norm for each index of one dim, or one of all (-1)."""
+    rank, dim = len(call.operands[0].shape), call["dim"]
+    names = [f"d{position}" for position in range(rank)]
+    each = names[dim] if dim >= 0 else ""
+    sizes = " ".join("1" if n != dim else each for n in range(len(call.operands[1].shape)))
+    return from_notation(f"{' '.join(names)}, {sizes} -> {' '.join(names)}", call, whole={*names} - {each})
+
+
 @rule("aten::group_norm")
 def group_norm(call: OpCall) -> OpRule:
     """Statistics over the channels of a group and over space: ranks that share space combine them."""

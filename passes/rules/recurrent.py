@@ -11,7 +11,9 @@ def recurrent(call: OpCall) -> OpRule:
     """`t b f` (or `b t f`) and states `l b h` (an LSTM has two) with the layers' weights: a state each layer leaves."""
     time = "b t" if call["batch_first"] else "t b"
     states = len(call.outputs) - 1
-    weights = [" ".join(f"w{n}_{dim}" for dim in range(len(x.shape))) for n, x in enumerate(call.operands[1 + states :])]
+    weights = [
+        " ".join(f"w{n}_{dim}" for dim in range(len(x.shape))) for n, x in enumerate(call.operands[1 + states :])
+    ]
     # A projection makes the hidden state smaller than the cell's.
     layers = [f"l b h{n}" for n in range(states)]
     text = f"{', '.join([f'{time} f', *layers, *weights])} -> {', '.join([f'{time} o', *layers])}"

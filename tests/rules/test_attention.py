@@ -90,6 +90,29 @@ def _(draw, name):
     return call(overload(name, "int"), x, dim, *one_of(draw, [], [F32], [None]))
 
 
+_HAS_GRADIENT_OF_MASK = ["aten::_scaled_dot_product_attention_math"]
+_KERNELS = ["aten::_scaled_dot_product_flash_attention_for_cpu", *_HAS_GRADIENT_OF_MASK]
+
+
+@cases(*_KERNELS)
+def _(name):
+    q, k, v = t(2, 3, 5, 4), t(2, 3, 7, 4), t(2, 3, 7, 4)
+    yield call(overload(name), q, k, v)
+    if name in _HAS_GRADIENT_OF_MASK:
+        yield call(overload(name), q, k, v, t(2, 3, 5, 7))
+        yield call(overload(name), q, k, v, t(5, 7))
+    yield call(overload(name), q, k, v, scale=0.3)
+    yield call(overload(name), q, q, q, *([None] if name in _HAS_GRADIENT_OF_MASK else []), 0.0, True)
+
+
+@generated(*_KERNELS)
+def _(draw, name):
+    (b, h, s, k, d), dtype = draw(st.tuples(SIZE, SIZE, SIZE, SIZE, SIZE)), one_of(draw, F64, F64, F32)
+    operands = [t(b, h, length, d, dtype=dtype) for length in (s, k, k)]
+    masks = [[], [t(s, k, dtype=dtype)], [t(b, 1, s, k, dtype=dtype)]] if name in _HAS_GRADIENT_OF_MASK else [[]]
+    return call(overload(name), *operands, *one_of(draw, *masks))
+
+
 @pytest.mark.parametrize(
     ("made", "notation"),
     [

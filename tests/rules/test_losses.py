@@ -139,7 +139,9 @@ def _(name):
         "aten::nll_loss_nd": [((5,), ()), ((5,), (3,)), ((5,), (3, 7)), ((), ())],
         "aten::cross_entropy_loss": [((5,), ()), ((5,), (3,)), ((2,), (5, 3, 4)), ((), ())],
     }[name]
-    for (lead, space), reduction, ignored in [(s, r, i) for s in shapes for r in (_NONE, _MEAN, _SUM) for i in (None, -100)]:
+    for (lead, space), reduction, ignored in [
+        (s, r, i) for s in shapes for r in (_NONE, _MEAN, _SUM) for i in (None, -100)
+    ]:
         yield call(overload(name), t(*lead, 4, *space), _targets(4, (*lead, *space), ignored), None, reduction)
     for reduction in (_NONE, _MEAN, _SUM):
         space = (3, 7) if name == "aten::nll_loss2d" else ()
@@ -170,7 +172,10 @@ def _(draw, name):
     ("made", "notation"),
     [
         (call(aten.mse_loss.default, t(5, 7), t(7), _SUM), "d0 d1, d1 -> (); reduces: d0 d1"),
-        (call(aten.cross_entropy_loss.default, t(5, 4), index(4, 5), None, _SUM), "s0 c, s0 -> (); whole: c; reduces: s0"),
+        (
+            call(aten.cross_entropy_loss.default, t(5, 4), index(4, 5), None, _SUM),
+            "s0 c, s0 -> (); whole: c; reduces: s0",
+        ),
         (
             call(aten.cross_entropy_loss.default, t(5, 4), index(4, 5)),
             "s0 c, s0 -> (); whole: c; reduces: s0; combines: s0",

@@ -89,3 +89,18 @@ def _(draw, name):
         training = draw(st.booleans())
         return call(overload(name), x, *weights, *([None, None] if training else kept), training, 0.1, 1e-5, False)
     return call(overload(name), x, *weights, *kept, True, 0.1, 1e-5)
+
+
+@cases("aten::_weight_norm")
+def _():
+    for shape in ((5, 7), (5, 6, 3), (2, 3, 4, 5)):
+        yield call(aten._weight_norm.default, t(*shape), t(shape[0], *[1] * (len(shape) - 1)), 0)
+        yield call(aten._weight_norm.default, t(*shape), t(*[1] * (len(shape) - 1), shape[-1]), len(shape) - 1)
+
+
+@generated("aten::_weight_norm")
+def _(draw):
+    shape = shape_of(draw, 2, 4)
+    dim = one_of(draw, 0, len(shape) - 1)
+    sizes = [size if n == dim else 1 for n, size in enumerate(shape)]
+    return call(aten._weight_norm.default, t(*shape), t(*sizes), dim)
