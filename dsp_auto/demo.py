@@ -79,7 +79,8 @@ def compare(rank: int, ranks: int, sizes: Mapping[str, Any]) -> verify.Compariso
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
     model, (video,), kwargs = build(**{**SIZES, **sizes})
     video.requires_grad_()
-    return verify.compare(model, mesh, (video,), kwargs, inputs=[video], dim_names=build.dim_names)
+    options = {"dim_names": build.dim_names, "strategy": "dsp"}
+    return verify.compare(model, mesh, (video,), kwargs, inputs=[video], **options)
 
 
 def worker(rank: int, ranks: int, sizes: Mapping[str, Any], folder: str) -> None:

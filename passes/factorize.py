@@ -342,7 +342,9 @@ def node_call(node: fx.Node) -> OpCall:
 def _rule(node: fx.Node, known: dict, rng: str) -> OpRule | None:
     """The op's rule; calls that differ only in where their operands come from share it."""
     call = node_call(node)
-    key = (node.target, repr((call.args, call.kwargs)), call.outputs, call.same_dtype)
+    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    strides = [operand.stride for operand in call.operands] if drawn else None
+    key = (node.target, repr((call.args, call.kwargs, strides)), call.outputs, call.same_dtype)
     if key not in known:
         sizes = {size for shape in (*(o.shape for o in call.operands), *call.outputs) for size in shape}
         is_static = all(isinstance(size, int) for size in sizes) and 0 not in sizes

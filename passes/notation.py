@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import RuleError
@@ -44,6 +45,8 @@ class Operand:
     index: int
     shape: Shape
     dtype: torch.dtype = torch.float32
+    # Where numbers are drawn the order in memory matters, and nowhere else.
+    stride: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class OpCall:
     def of(cls, target: Any, args: tuple, kwargs: Mapping[str, Any], results: Sequence[torch.Tensor]) -> OpCall:
         """The call of `target` on tensors (real or fake) that gave the tensors `results`."""
         operands = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
-        marks = iter([Operand(index, tuple(tensor.shape), tensor.dtype) for index, tensor in enumerate(operands)])
+        marks = iter([Operand(n, tuple(x.shape), x.dtype, x.stride()) for n, x in enumerate(operands)])
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda _: next(marks), (tuple(args), dict(kwargs)))
         same_dtype = not operands or not results or operands[0].dtype == results[0].dtype
         return cls(target, args, kwargs, tuple(tuple(result.shape) for result in results), same_dtype)
@@ -137,6 +140,13 @@ class Window:
         needed = [self.needs(*part) if self.wraps else within(*self.needs(*part), size) for part in target]
         starts, stops = ([part[end] for part in needed] for end in (0, 1))
         return exchanged([b - a for a, b in source], starts, stops)
+
+
+    def length(self, start: int, stop: int, size: int) -> int:
+        """How many elements of the dim a rank has in the end that makes the range `[start, stop)` of the target."""
+        needed = self.needs(start, stop)
+        first, last = needed if self.wraps or self.fill is not None else within(*needed, size)
+        return last - first
 
 
 @dataclass(frozen=True)
@@ -219,9 +229,14 @@ class Local:
         before, after = max(min(0, stop) - start, 0), max(stop - max(size, start), 0)
         if window.fill is None or window.wraps or not before + after:
             return x
-        shape = (x.meta["val"] if hasattr(x, "meta") else x).shape
+        shape = value_of(x).shape
         ends = [0, 0] * (len(shape) - window.dim - 1) + [before, after]
         return emit(torch.ops.aten.constant_pad_nd.default, x, ends, window.fill)
+
+
+def value_of(x: Any) -> torch.Tensor:
+    """The tensor that stands for an argument of `Local`'s calls: a node's, or the tensor itself."""
+    return x.meta["val"] if isinstance(x, fx.Node) else x
 
 
 def within(start: int, stop: int, size: int) -> tuple[int, int]:
@@ -250,10 +265,11 @@ class OpRule:
     combines: Mapping[str, tuple[Statistic, ...]] = field(default_factory=dict)
     # The result is the operand, dim sizes and order aside: it costs nothing and has no layout of its own.
     is_view: bool = False
-    # Draws random numbers, each shard its own. Where all are to draw what one device would, `serial` writes the call; None:
-    # then nothing of it is cut.
+    # Draws random numbers, each shard its own. Where all are to draw what one device would, `serial` writes the call; with
+    # `serial_is_whole`, or without it, nothing of the op is cut then.
     is_random: bool = False
     serial: Callable[..., Any] | None = field(default=None, compare=False)
+    serial_is_whole: bool = False
     # Writes this rank's call: local(emit, target, args, kwargs, Local) -> result. None: the call as it stands.
     local: Callable[..., Any] | None = field(default=None, compare=False)
 
@@ -297,9 +313,11 @@ class OpRule:
 
     def drawn_serially(self) -> OpRule:
         """The rule where random numbers are those of one device."""
-        if not self.is_random or self.serial is not None:
-            return replace(self, local=self.serial) if self.is_random else self
-        return replace(self, moved=frozenset(self.sizes), ranges=(), combines={}, reduces=frozenset())
+        if not self.is_random:
+            return self
+        if self.serial is not None and not self.serial_is_whole:
+            return replace(self, local=self.serial)
+        return replace(self, local=self.serial, moved=frozenset(self.sizes), ranges=(), combines={}, reduces=frozenset())
 
     def on_rank(
         self, sizes: Mapping[str, int], starts: Mapping[str, int], cuts: Sequence[tuple[str, Site]] = ()

@@ -5,6 +5,7 @@ The solver's integer program is made from the same numbers, and tests compare th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,30 +124,32 @@ class Problem:
         mesh, values, sizes = self.graph.mesh, self.graph.factors.values, self.graph.factors.sizes
         op, rule = entry.op, entry.op.rule
         flows = any(values[result].requires_grad for result in op.results)
+        on = [{"hardware": self.hardware, "mesh_dim": name} for name in mesh.names]
+        grown = [1.0] * len(op.operands)  # an operand that windows have widened on one dim is wider for those on the next
+        for window, (m, cut) in itertools.product(rule.windows, enumerate(strategy.cuts)):
+            ranks, axes, size = mesh.sizes[m], dict(cut), rule.sizes.get(window.source, 1)
+            if window.source not in axes or window.target not in axes:
+                continue
+            source, target = (
+                Site(ranks, 0, "", sizes[op.axes[axis][0]], rule.sizes[axis] // sizes[op.axes[axis][0]]).ranges
+                for axis in (window.source, window.target)
+            )
+            value = values[op.operands[window.operand]]
+            nbytes = self._shared_out(value.nbytes, strategy.operands[window.operand], m) * grown[window.operand]
+            sent = nbytes * window.elements(source, target, size) / size / ranks
+            grown[window.operand] *= sum(window.length(*part, size) for part in target) / size
+            cost = halo_cost(sent, ranks, grad=flows and value.requires_grad, **on[m])
+            if cost != FREE:
+                yield Inside("halo", m, window.operand, cost)
         for m, cut in enumerate(strategy.cuts):
-            ranks, axes = mesh.sizes[m], dict(cut)
-            on = {"hardware": self.hardware, "mesh_dim": mesh.names[m]}
-            for window in rule.windows:
-                if window.source not in axes or window.target not in axes:
-                    continue
-                source, target = (
-                    Site(ranks, 0, "", sizes[op.axes[axis][0]], rule.sizes[axis] // sizes[op.axes[axis][0]]).ranges
-                    for axis in (window.source, window.target)
-                )
-                value = values[op.operands[window.operand]]
-                nbytes = self._shared_out(value.nbytes, strategy.operands[window.operand], m)
-                moved = window.elements(source, target, rule.sizes[window.source])
-                sent = nbytes * moved / rule.sizes[window.source] / ranks
-                cost = halo_cost(sent, ranks, grad=flows and value.requires_grad, **on)
-                if cost != FREE:
-                    yield Inside("halo", m, window.operand, cost)
-            for statistic in (s for axis in axes for s in rule.combines.get(axis, ())):
+            for statistic in (s for axis, _ in cut for s in rule.combines.get(axis, ())):
                 nbytes = math.prod(rule.sizes.get(axis, 1) for axis in statistic.axes) * statistic.dtype.itemsize
                 for other, cut_too in enumerate(strategy.cuts):
                     if other != m and any(axis in statistic.axes for axis, _ in cut_too):
                         nbytes /= mesh.sizes[other]
                 grad = statistic.dtype.is_floating_point and flows and values[op.operands[0]].requires_grad
-                cost = primitive_cost("reduce", nbytes, ranks, grad=grad, partial_grad=not statistic.is_result, **on)
+                partial = not statistic.is_result
+                cost = primitive_cost("reduce", nbytes, mesh.sizes[m], grad=grad, partial_grad=partial, **on[m])
                 yield Inside("reduce", m, None, cost)
 
     def _shared_out(self, nbytes: float, layout: Layout, but: int) -> float:

@@ -34,7 +34,7 @@ def factories(tmp_path):
         "def no_module(): return 'model', (), {}\n"
         "def listed(): return nn.Linear(2, 2), [torch.ones(2)], {}\n"
         "def broken(): raise KeyError('weights')\n"
-        "def no_sequence(): return nn.Linear(2, 2), (torch.ones(4, 2),), {}\n"
+        "def nothing_to_share(): return nn.Linear(1, 1), (torch.ones(1, 1),), {}\n"
         "class Softmax(nn.Module):\n"
         "    def forward(self, rows): return rows.softmax(0).softmax(1)\n"
         "def noisy():\n"
@@ -140,7 +140,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, says):
         ("two", "returns 2 values"),
         ("no_module", "a str in place of a Module"),
         ("listed", "a list in place of a tuple"),
-        ("no_sequence", "no sequence factor"),
+        ("nothing_to_share", "no batch or feature or sequence factor"),
     ],
 )
 def test_a_factory_that_returns_something_else_is_one_line_and_exit_code_2(capsys, factories, factory, says):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..notation import Local, OpCall, OpRule, from_notation
+from ..notation import Local, OpCall, OpRule, from_notation, value_of
 from . import rule
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ def scaled_dot_product_attention(call: OpCall) -> OpRule | None:
         query, *rest = args[:3]
         seen = min(stop, here.whole_sizes.get("t", 1))
         rest = [emit(aten.slice.Tensor, x, len(call.operands[1].shape) - 2, 0, seen) for x in rest]
-        mask = emit(aten.ones.default, [stop - start, seen], dtype=torch.bool, device=_device(query))
+        mask = emit(aten.ones.default, [stop - start, seen], dtype=torch.bool, device=value_of(query).device)
         mask = emit(aten.tril.default, mask, start)
         named = {name: call[name] for name in ("scale", "enable_gqa")}
         return emit(target, query, *rest, mask, call["dropout_p"], False, **named)
@@ -54,10 +54,6 @@ def scaled_dot_product_attention(call: OpCall) -> OpRule | None:
         is_random=call["dropout_p"] > 0,
         local=local if causal else None,
     )
-
-
-def _device(x) -> torch.device:
-    return (x.meta["val"] if hasattr(x, "meta") else x).device
 
 
 @rule("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math")

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..notation import Local, OpCall, OpRule, Statistic, from_notation
+from ..notation import Local, OpCall, OpRule, Statistic, from_notation, value_of
 from . import rule
 
 aten = torch.ops.aten
@@ -94,7 +94,7 @@ def batch_norm(call: OpCall) -> OpRule | None:
         count = math.prod(here.whole_sizes.get(axis, 1) for axis in over)
         news = (mean, emit(aten.mul.Tensor, var, count / max(count - 1, 1)))
         kept = [
-            emit(aten.lerp.Scalar, old, emit(aten.to.dtype, new, _value(old).dtype), call["momentum"])
+            emit(aten.lerp.Scalar, old, emit(aten.to.dtype, new, value_of(old).dtype), call["momentum"])
             for old, new in zip(running, news)
         ]
         return out, mean, inverse, *kept
@@ -117,7 +117,7 @@ def _normalize(
 ) -> tuple:
     """`x`, seen as `shape` (batch, channels, space), less its mean over the axes `over`, over its deviation, times weight
     plus bias of each channel; and mean and variance, of sizes `kept`. Ranks that share axes combine what they sum."""
-    given = _value(x)
+    given = value_of(x)
     # Dims that are summed: those whose axes are not kept. Batch and channels (or groups) come first.
     lead = ["b", *(["g", "c"] if "g" in kept else ["c"])]
     dims = [n for n in range(len(shape)) if n >= len(lead) or lead[n] not in kept]
@@ -138,7 +138,3 @@ def _normalize(
             out = emit(op, out, emit(aten.reshape.default, own, per_channel))
     out = emit(aten.reshape.default, emit(aten.to.dtype, out, given.dtype), list(given.shape))
     return out, mean, var
-
-
-def _value(x) -> torch.Tensor:
-    return x.meta["val"] if hasattr(x, "meta") else x

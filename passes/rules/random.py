@@ -5,11 +5,47 @@ from __future__ import annotations
 
 import torch
 
-from ..notation import Local, OpCall, OpRule, from_notation
+from ..notation import Local, OpCall, Operand, OpRule, from_notation, value_of
 from . import numbered, rule
 from .views import local_size
 
 aten = torch.ops.aten
+
+
+def _order(operand: Operand) -> list[int]:
+    """The dims of an operand in the order in which its elements lie in memory, which is the order of what is drawn."""
+    strides = operand.stride or ()
+    return sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
+
+
+def _ordered(emit, order: list[int], shape: tuple[int, ...], make):
+    """What `make` gives for a shape, of `shape` and with its elements in `order`."""
+    if order == sorted(order):
+        return make(list(shape))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return emit(aten.permute.default, make([shape[dim] for dim in order]), back)
+
+
+def _in_place(call: OpCall):
+    """The whole call, on operands that lie in memory as one device's do."""
+
+    def serial(emit, target, args, kwargs, here: Local):
+        operands = iter(call.operands)
+        own = [
+            _laid_out(emit, x, next(operands)) if isinstance(given, Operand) else x for x, given in zip(args, call.args)
+        ]
+        return emit(target, *own, **kwargs)
+
+    return serial
+
+
+def _laid_out(emit, x, operand: Operand):
+    order = _order(operand)
+    if order == sorted(order):
+        return emit(aten.clone.default, x, memory_format=torch.contiguous_format)
+    there = emit(aten.permute.default, x, order)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return emit(aten.permute.default, emit(aten.clone.default, there, memory_format=torch.contiguous_format), back)
 
 
 @rule("aten::dropout", "aten::alpha_dropout")
@@ -17,15 +53,18 @@ def dropout(call: OpCall) -> OpRule:
     """The identity in eval and at p = 0."""
     if not call["train"] or call["p"] == 0:
         return from_notation("... -> ...", call, is_view=True)
+    if call.target._schema.name == "aten::alpha_dropout":
+        return from_notation("... -> ...", call, is_random=True, serial=_in_place(call), serial_is_whole=True)
 
     def serial(emit, target, args, kwargs, here: Local):
         """A dropout of ones is what dropout multiplies with."""
-        value = call.operands[0]
-        ones = emit(aten.new_ones.default, args[0], list(value.shape))
-        return emit(aten.mul.Tensor, args[0], here.part(emit, emit(target, ones, *args[1:], **kwargs), rule_.outputs[0]))
+        operand = call.operands[0]
+        ones = _ordered(emit, _order(operand), operand.shape, lambda shape: emit(aten.new_ones.default, args[0], shape))
+        return emit(
+            aten.mul.Tensor, args[0], here.part(emit, emit(target, ones, *args[1:], **kwargs), rule_.outputs[0])
+        )
 
-    multiplies = call.target._schema.name == "aten::dropout"
-    rule_ = from_notation("... -> ...", call, is_random=True, serial=serial if multiplies else None)
+    rule_ = from_notation("... -> ...", call, is_random=True, serial=serial)
     return rule_
 
 
@@ -35,7 +74,8 @@ def feature_dropout(call: OpCall) -> OpRule:
     if not call["train"] or call["p"] == 0:
         return from_notation("... -> ...", call, is_view=True)
     names = numbered(len(call.operands[0].shape))
-    return from_notation(f"{' '.join(names)} -> {' '.join(names)}", call, moved=names[2:], is_random=True)
+    text = f"{' '.join(names)} -> {' '.join(names)}"
+    return from_notation(text, call, moved=names[2:], is_random=True, serial=_in_place(call), serial_is_whole=True)
 
 
 @rule(
@@ -55,9 +95,19 @@ def drawn_like(call: OpCall) -> OpRule:
     """Numbers for every element of a tensor whose values are not read."""
 
     def serial(emit, target, args, kwargs, here: Local):
-        like = emit(aten.new_empty.default, args[0], list(call.operands[0].shape))
-        return here.part(emit, emit(target, like, *args[1:], **kwargs), rule_.outputs[0])
+        operand = call.operands[0]
+        like = _ordered(
+            emit, _order(operand), operand.shape, lambda shape: emit(aten.new_empty.default, args[0], shape)
+        )
+        drawn = here.part(emit, emit(target, like, *args[1:], **kwargs), rule_.outputs[0])
+        if not has_gradient:
+            return drawn
+        always = emit(aten.full.default, [], True, dtype=torch.bool, device=value_of(args[0]).device)
+        return emit(aten.where.self, always, drawn, args[0])
 
+    # Written in place (`x.uniform_()`), they give their operand a gradient of zeros.
+    has_gradient = not call.target._schema.name.endswith("_like") and call.operands[0].dtype.is_floating_point
+    has_gradient = has_gradient and call.target is not aten.bernoulli.p
     rule_ = from_notation("... -> ...", call, is_random=True, serial=serial)
     return rule_
 
@@ -66,7 +116,8 @@ def drawn_like(call: OpCall) -> OpRule:
 def drawn_from(call: OpCall) -> OpRule:
     """Numbers that depend on the operands, element by element."""
     draws = call.target._schema.name != "aten::rrelu" or call["training"]
-    return from_notation(f"{', '.join(['...'] * len(call.operands))} -> ...", call, is_random=draws)
+    text = f"{', '.join(['...'] * len(call.operands))} -> ..."
+    return from_notation(text, call, is_random=draws, serial=_in_place(call), serial_is_whole=True)
 
 
 @rule("aten::rand", "aten::randn", "aten::randint", "aten::normal.float_float")
@@ -87,14 +138,16 @@ def drawn(call: OpCall) -> OpRule:
 
 @rule("aten::normal.Tensor_float", "aten::normal.float_Tensor", "aten::normal.Tensor_Tensor")
 def drawn_around(call: OpCall) -> OpRule:
-    return from_notation(f"{', '.join(['...'] * len(call.operands))} -> ...", call, is_random=True)
+    text = f"{', '.join(['...'] * len(call.operands))} -> ..."
+    return from_notation(text, call, is_random=True, serial=_in_place(call), serial_is_whole=True)
 
 
 @rule("aten::multinomial")
 def multinomial(call: OpCall) -> OpRule:
     """Rows are drawn from by themselves."""
     rows = "b " if len(call.operands[0].shape) > 1 else ""
-    return from_notation(f"{rows}c -> {rows}n", call, whole="cn", is_random=True)
+    text = f"{rows}c -> {rows}n"
+    return from_notation(text, call, whole="cn", is_random=True, serial=_in_place(call), serial_is_whole=True)
 
 
 @rule("aten::randperm")

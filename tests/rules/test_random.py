@@ -121,7 +121,10 @@ def _(draw):
 
 @cases("aten::multinomial", "aten::randperm")
 def _(name):
-    yield call(aten.randperm.default, 7) if name == "aten::randperm" else call(aten.multinomial.default, nn.Buffer(t(5, 7).abs()), 3)
+    if name == "aten::randperm":
+        yield call(aten.randperm.default, 7)
+    else:
+        yield call(aten.multinomial.default, nn.Buffer(t(5, 7).abs()), 3)
 
 
 @generated("aten::multinomial", "aten::randperm")
