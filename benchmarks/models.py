@@ -224,8 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="SUBSTRING", help="models whose names have one of these")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one model in one mode")
-    parser.add_argument("--time-limit", type=float, default=20.0, help="seconds for the solver, as in dsp_auto.plan")
+    parser.add_argument("--timeout", type=float, default=400.0, help="seconds for one model in one mode")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for the solver, as in dsp_auto.plan")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/models.json"))
     options = parser.parse_args()
     names = [name for name in MODELS if any(part in name for part in options.only)]

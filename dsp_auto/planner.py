@@ -24,8 +24,8 @@ from .passes.factorize import Factors, factorize
 from .passes.layout import Layout, R, Shard
 from .passes.problem import OBJECTIVES, Problem
 from .passes.rewrite import rewrite
-from .passes.solve import SLACK, Solution, solve
-from .passes.stages import StageGraph, make_stages
+from .passes.solve import Solution, solve
+from .passes.stages import MAY_STAY_WHOLE, StageGraph, make_stages
 from .passes.summarize import summarize
 from .plan import Plan
 
@@ -132,8 +132,8 @@ def plan(
     mesh: a DeviceMesh, `"8"`, `"2x4"` or a `Mesh`.
     objective: "volume" (wire bytes of forward, backward and gradient synchronization) or "time" (seconds by the
         alpha-beta and roofline models on `hardware`: a profile's name or a `Hardware`; "h100" where none is given).
-    capacity: bytes of activations per device (or `"80GB"`); without it, the least that any plan reaches, plus 10%, and only
-        tensors below 10% of the largest may stay whole where they could be sharded.
+    capacity: bytes of activations per device (or `"80GB"`); without it, the least that any plan reaches, plus 10%, and of what
+        could be sharded only the smallest tensors, which make up 5% of all, may stay whole.
     strategy: "dsp" (sequence factors only), or "auto", which for now is the same.
     dim_names: names of the inputs' dims for people: `{"video": "B T S C"}`.
     in_layouts: how inputs arrive, `{"video": {"sp": 1}}`: cut along dim 1 over mesh dim sp. out_layouts: how outputs leave,
@@ -176,7 +176,7 @@ def prepare(program: Program, mesh: Mesh, options: Options) -> Prepared:
             _in_layouts(program, factors, mesh, options.in_layouts or {}),
             _out_layouts(program, factors, mesh, options.out_layouts),
             # Without a capacity, large activations are sharded; a text prompt or a timestep may stay whole.
-            SLACK if options.capacity is None else None,
+            MAY_STAY_WHOLE if options.capacity is None else None,
         )
         problem = Problem(
             program, graph, options.objective, options.hardware, _compute_seconds(program, graph, options)

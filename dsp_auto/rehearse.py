@@ -27,7 +27,7 @@ from .passes.stages import StageGraph
 from .plan import Plan
 from .planner import Options, decide, finish, prepare
 from .shards import shard_range
-from .verify import Traffic, _worst, traffic
+from .verify import Traffic, traffic, worst
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def rehearse(
     for rank, (own, reference) in enumerate(zip(ranks, expected)):
         _check_outputs(rank, own.outputs, reference.outputs)
         floats = [name for name, value in reference.outputs.items() if _is_inexact(value)]
-        output = max(output, _worst(*({name: of[name] for name in floats} for of in (own.outputs, reference.outputs))))
-        gradient = max(gradient, _worst(own.gradients, reference.gradients))
+        output = max(output, worst(*({name: of[name] for name in floats} for of in (own.outputs, reference.outputs))))
+        gradient = max(gradient, worst(own.gradients, reference.gradients))
     return Rehearsal(written[0][0], ranks, expected, output, gradient)
 
 
@@ -161,10 +161,11 @@ class _Run:
 
     def __init__(self, forward: Callable[..., Sequence[Any]], values: Sequence[Any], wanted: Sequence[bool]) -> None:
         made: dict[int, Tensor] = {}  # a parameter with two names is one leaf
-        self.leaves = [
-            made.setdefault(id(value), value.detach().requires_grad_(grad)) if isinstance(value, Tensor) else value
-            for value, grad in zip(values, wanted, strict=True)
-        ]
+        for value, grad in zip(values, wanted, strict=True):
+            if isinstance(value, Tensor) and id(value) not in made:
+                # What has no gradient may be changed: some ops do so to buffers behind their schema's back.
+                made[id(value)] = value.detach().requires_grad_() if grad else value.detach().clone()
+        self.leaves = [made.get(id(value), value) for value in values]
         self.results = list(forward(*self.leaves))
         self.gradients: list[Tensor | None] = [None] * len(self.leaves)
 
@@ -179,9 +180,8 @@ class _Run:
         graded = {id(leaf): leaf for leaf in self.leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
         if pairs and graded:
             outputs, grads = zip(*pairs)
-            found = torch.autograd.grad(outputs, list(graded.values()), grads, allow_unused=True)
-            by_leaf = dict(zip(graded, found))
-            self.gradients = [by_leaf.get(id(leaf)) for leaf in self.leaves]
+            torch.autograd.backward(outputs, grads)  # not autograd.grad, which some checkpoints refuse
+            self.gradients = [leaf.grad if id(leaf) in graded else None for leaf in self.leaves]
         self.results = [result.detach() if isinstance(result, Tensor) else result for result in self.results]
 
 

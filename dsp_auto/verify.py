@@ -88,7 +88,7 @@ def compare(
         with CountCollectives() as count:
             found = parallel(*args, **kwargs)
             own = gradients(model, found, inputs) if backward else {}
-    return Comparison(_output_deviation(found, expected), _worst(own, reference), plan, dict(count.by_primitive))
+    return Comparison(_output_deviation(found, expected), worst(own, reference), plan, dict(count.by_primitive))
 
 
 def deviation(own: torch.Tensor, reference: torch.Tensor, scale: float = 0.0) -> float:
@@ -133,7 +133,7 @@ _DIRECTIONS = ("forward", "backward")
 
 
 def _output_deviation(found: Any, expected: Any) -> float:
-    worst = 0.0
+    largest = 0.0
     for own, reference in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
         if not isinstance(reference, torch.Tensor):
             continue
@@ -142,18 +142,19 @@ def _output_deviation(found: Any, expected: Any) -> float:
                 asked="the parallel module's output differs from the model's",
                 found=f"{own.dtype}{list(own.shape)} instead of {reference.dtype}{list(reference.shape)}",
             )
-        worst = max(worst, deviation(own.detach(), reference.detach()))
-    return worst
+        largest = max(largest, deviation(own.detach(), reference.detach()))
+    return largest
 
 
-def _worst(own: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, str]:
+def worst(own: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest deviation among tensors by name, and whose it is. Raises DspError where one has none and the other some."""
     differ = [name for name, grad in reference.items() if (grad is None) != (own[name] is None)]
     if differ:
         raise DspError(
             asked=f"the gradient of {differ[0]} differs from one device's",
             found="it has none" if own[differ[0]] is None else "one device has none",
         )
-    graded = {name: grad for name, grad in reference.items() if grad is not None}
+    graded = {name: grad for name, grad in reference.items() if grad is not None and grad.numel()}
     # Some gradients are zero in exact arithmetic (a key's bias under softmax): judge those on the model's scale.
     scales = sorted(grad.abs().max().item() for grad in graded.values())
     floor = scales[len(scales) // 2] * 1e-2 if scales else 0.0

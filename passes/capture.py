@@ -336,7 +336,10 @@ def _drop_empty_parts(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is not aten.cat.default:
             continue
-        full = [part for part in node.args[0] if 0 not in part.meta["val"].shape]
+        sizes = [part.meta["val"].shape for part in node.args[0]]
+        if not all(isinstance(size, int) for shape in sizes for size in shape):
+            continue
+        full = [part for part, shape in zip(node.args[0], sizes) if 0 not in shape]
         if full and len(full) < len(node.args[0]) and len({part.meta["val"].dtype for part in node.args[0]}) == 1:
             node.args = (full, *node.args[1:])
     graph.eliminate_dead_code(is_impure_node=_matters)

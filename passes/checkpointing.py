@@ -150,13 +150,21 @@ def _body(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]
     return body, inputs, results
 
 
+def _draws(node: fx.Node) -> bool:
+    return any(
+        torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in (node.target, *node.args[:1])
+    )
+
+
 def _hoisted(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes in an order in which what a checkpoint does not hold, and does not need it, comes before it."""
+    """The nodes in an order in which what a checkpoint does not hold, and does not need it, comes before it. Random numbers
+    are drawn in the order of the model."""
     found: list[fx.Node] = []
     waiting: list[fx.Node] = []  # the run of a checkpoint that may go on
     for node in graph.nodes:
         number = node.meta.get("region")
-        if waiting and number is None and node.op != "output" and not set(node.all_input_nodes) & set(waiting):
+        moves = number is None and node.op != "output" and not set(node.all_input_nodes) & set(waiting)
+        if waiting and moves and not _draws(node):
             found.append(node)
             continue
         if waiting and number != waiting[0].meta["region"]:

@@ -15,6 +15,7 @@ from dsp_auto.cost_models.hardware import Hardware
 from dsp_auto.errors import StrategyError
 
 from .capture import Program
+from .checkpointing import region
 from .enumerate_strategies import Strategy
 from .factorize import ValueId
 from .layout import Layout, Replicate, Shard, Step, steps
@@ -70,6 +71,12 @@ class Problem:
             )
         self.graph, self.objective, self.hardware = graph, objective, hardware
         self.points = lifetimes(program, graph)
+        # Checkpoints through which a gradient flows, and which backward therefore runs again.
+        self.recomputed = {
+            region(op.node)
+            for op in graph.factors.ops
+            if any(graph.factors.values[result].requires_grad for result in op.results)
+        } - {None}
         self.compute_seconds = compute_seconds or (lambda stage, strategy: 0.0)
         self._reshardings: dict[tuple, Resharding | None] = {}
         self._inside: dict[tuple[int, int], tuple[Inside, ...]] = {}
@@ -125,7 +132,8 @@ class Problem:
         op, rule = entry.op, entry.op.rule
         flows = any(values[result].requires_grad for result in op.results)
         on = [{"hardware": self.hardware, "mesh_dim": name} for name in mesh.names]
-        grown = [1.0] * len(op.operands)  # an operand that windows have widened on one dim is wider for those on the next
+        # An operand that windows have widened on one dim is wider for those on the next.
+        grown: dict[tuple[int, int], float] = {}
         for window, (m, cut) in itertools.product(rule.windows, enumerate(strategy.cuts)):
             ranks, axes, size = mesh.sizes[m], dict(cut), rule.sizes.get(window.source, 1)
             if window.source not in axes or window.target not in axes:
@@ -135,9 +143,11 @@ class Problem:
                 for axis in (window.source, window.target)
             )
             value = values[op.operands[window.operand]]
-            nbytes = self._shared_out(value.nbytes, strategy.operands[window.operand], m) * grown[window.operand]
+            nbytes = self._shared_out(value.nbytes, strategy.operands[window.operand], m)
+            for (operand, dim), share in grown.items():
+                nbytes *= share if operand == window.operand and dim != window.dim else 1.0
             sent = nbytes * window.elements(source, target, size) / size / ranks
-            grown[window.operand] *= sum(window.length(*part, size) for part in target) / size
+            grown[window.operand, window.dim] = sum(window.length(*part, size) for part in target) / size
             cost = halo_cost(sent, ranks, grad=flows and value.requires_grad, **on[m])
             if cost != FREE:
                 yield Inside("halo", m, window.operand, cost)

@@ -10,6 +10,7 @@ stages that ended on one layout, which is what a person calls a stage.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,10 @@ from .capture import Program
 from .enumerate_strategies import Strategy, enumerate_strategies, without_gradient
 from .factorize import Factors, Op, Value, ValueId, value_id
 from .layout import Layout, R, Shard
+
+# Without a capacity, the share of all bytes that may be made on every device where it could be sharded: a text prompt, a
+# timestep. It is that of the smallest tensors, taken together.
+MAY_STAY_WHOLE = 0.05
 
 INPUT, OP, OUTPUT = "input", "op", "output"
 
@@ -110,8 +115,8 @@ def make_stages(
     """The stage graph of a program.
 
     in_layouts: placeholder name -> layout in which the input arrives; out_layouts: index among the graph's outputs ->
-    layout in which it leaves. Replicate where nothing is said. may_stay_whole: a stage that can be sharded may run
-    replicated only if its results have at most this share of the bytes of the largest result that can be sharded; None: any.
+    layout in which it leaves. Replicate where nothing is said. may_stay_whole: of the stages that can be sharded
+    only those with the smallest results, which together make this share of all bytes, may run replicated; None: any.
     """
     replicated = (R,) * len(mesh.sizes)
     nothing, uncut = (None,) * len(mesh.sizes), ((),) * len(mesh.sizes)
@@ -144,7 +149,7 @@ def make_stages(
         return tuple(Shard(places[p.place]) if isinstance(p, Shard) else p for p in layout)
 
     known: dict[object, tuple[Strategy, ...]] = {}
-    limit = math.inf if may_stay_whole is None else may_stay_whole * _largest_shardable(factors, shardable)
+    limit = math.inf if may_stay_whole is None else _small(factors, shardable, may_stay_whole)
     for op in factors.ops:
         if op.is_view:
             storage, places = views[op.operands[0]]
@@ -192,18 +197,24 @@ def make_stages(
     return StageGraph(mesh, factors, tuple(stages), storages, views, program.training)
 
 
-def _largest_shardable(factors: Factors, shardable: tuple[frozenset[int], ...]) -> int:
-    """Bytes of the largest result that some strategy shards."""
+def _small(factors: Factors, shardable: tuple[frozenset[int], ...], share: float) -> float:
+    """The size up to which all results that could be sharded together make `share` of all bytes that ops make."""
     anywhere = frozenset().union(*shardable)
-    return max(
-        (
-            factors.values[result].nbytes
-            for op in factors.ops
-            if any(anywhere.issuperset(op.factors(cut)) for cut in op.cuts)
-            for result in op.results
-        ),
-        default=0,
-    )
+    sizes, total = Counter(), 0
+    for op in factors.ops:
+        if op.is_view:
+            continue
+        own = [factors.values[result].nbytes for result in op.results]
+        total += sum(own)
+        if any(anywhere.issuperset(op.factors(cut)) for cut in op.cuts):
+            sizes.update({max(own, default=0): sum(own)})
+    limit, together = 0, 0
+    for size, nbytes in sorted(sizes.items()):
+        together += nbytes
+        if together > share * total:
+            break
+        limit = size
+    return limit
 
 
 def _key(op: Op, factors: Factors, shardable: tuple[frozenset[int], ...]) -> tuple:

@@ -17,7 +17,7 @@ from dsp_auto.plan import Enter, Plan, PlanStage
 from .buckets import Bucket
 from .checkpointing import region
 from .factorize import node_call
-from .layout import R, show_placement
+from .layout import R, Step, show_placement
 from .notation import OpRule
 from .problem import Problem, Resharding
 from .rules import WRITTEN, origin, why_none
@@ -286,14 +286,20 @@ def _communication(
         entry["forward_bytes"] += cost.forward_bytes
         entry["backward_bytes"] += cost.backward_bytes
 
+    # Two ways of one tensor that begin alike go that far together.
+    shared: dict[tuple, tuple[Step, Cost, Callable[[Cost], Cost], bool]] = {}
     for resharding in reshardings:
-        again = _again(problem.graph.stages[min(_users(problem, choice, resharding))])
+        again = _again(problem, problem.graph.stages[min(_users(problem, choice, resharding))])
         for step, cost in zip(resharding.steps, resharding.costs):
-            add(step.primitive, again(cost), 0 if resharding.storage in in_bucket else 1)
-            paper += cost.paper_volume
+            key = (resharding.storage, step.before, step.after)
+            if key not in shared or cost.backward_bytes > shared[key][1].backward_bytes:
+                shared[key] = (step, cost, again, resharding.storage in in_bucket)
+    for step, cost, again, is_bucketed in shared.values():
+        add(step.primitive, again(cost), 0 if is_bucketed else 1)
+        paper += cost.paper_volume
     for stage in problem.graph.stages:
         for inside in problem.inside(stage.index, choice[stage.index]):
-            add(inside.primitive, _again(stage)(inside.cost), 1)
+            add(inside.primitive, _again(problem, stage)(inside.cost), 1)
             paper += inside.cost.paper_volume
     if buckets:
         by_primitive["replicate"]["count"] += sum(len(bucket.mesh_dims) for bucket in buckets)
@@ -307,11 +313,12 @@ def _communication(
     }
 
 
-def _again(stage: Stage) -> Callable[[Cost], Cost]:
+def _again(problem: Problem, stage: Stage) -> Callable[[Cost], Cost]:
     """What is communicated inside a checkpoint goes forward once more in backward."""
-    if stage.op is None or region(stage.op.node) is None:
+    own = region(stage.op.node) if stage.op is not None else None
+    if own is None or own not in problem.recomputed:
         return lambda cost: cost
-    return lambda cost: replace(cost, forward_bytes=2 * cost.forward_bytes) if cost.backward_bytes else cost
+    return lambda cost: replace(cost, forward_bytes=2 * cost.forward_bytes)
 
 
 def _number(value: float) -> float:

@@ -37,7 +37,7 @@ from dsp_auto.passes.propagate import propagate
 from dsp_auto.passes.prove import Example
 from dsp_auto.passes.rules import registered
 from dsp_auto.rehearse import Rehearsal, rehearse
-from dsp_auto.verify import _worst
+from dsp_auto.verify import worst
 from tests import rules as proofs
 from tests.rules import calls
 
@@ -546,7 +546,7 @@ def _is_unstable(case: Case) -> bool:
                     if not torch.equal(value, own[name]):
                         return True
             inexact = [name for name, value in reference.items() if value is None or value.dtype in _DOUBLE.values()]
-            if not _worst(*({name: of[name] for name in inexact} for of in (own, reference)))[0] <= TOLERANCE / 10:
+            if not worst(*({name: of[name] for name in inexact} for of in (own, reference)))[0] <= TOLERANCE / 10:
                 return True
     return False
 

@@ -62,7 +62,8 @@ class World:
         answers = self._collect()
         failed = {rank: why for rank, (ok, why) in answers.items() if not ok}
         if failed or len(answers) < self.ranks:
-            if len(failed) < self.ranks:  # the ranks no longer stand at the same collective
+            dead = any(not process.is_alive() for process in self._processes)
+            if dead or len(failed) < self.ranks:  # the ranks no longer stand at the same collective
                 self.stop(force=True)
             raise self._error(failed, silent=[r for r in range(self.ranks) if r not in answers])
         return [answers[rank][1] for rank in range(self.ranks)]

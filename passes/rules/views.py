@@ -217,9 +217,12 @@ def slice_(call: OpCall) -> OpRule | None:
     if step > 1 and first < step and count * step == shape[dim]:
         # One of each n neighbours, and nothing is left over: ranks that hold whole groups of n need no others.
         before = [f"({own} step)" if name == own else name for name in names]
-        return from_notation(
-            f"{' '.join(before)} -> {' '.join(names)}", call, moved=["step"], sizes={own: count, "step": step}
-        )
+
+        def one_of_each(emit, target, args, kwargs, here: Local):
+            return emit(aten.slice.Tensor, args[0], dim, first, _TO_THE_END, step)
+
+        text, sizes = f"{' '.join(before)} -> {' '.join(names)}", {own: count, "step": step}
+        return from_notation(text, call, moved=["step"], sizes=sizes, local=one_of_each)
     out = ["piece" if name == own else name for name in names]
     window = Window(0, dim, own, "piece", lambda start, stop: (first + start * step, first + (stop - 1) * step + 1))
 
