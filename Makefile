@@ -6,7 +6,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/stamp-run
@@ -33,3 +33,6 @@ $(VENV)/stamp-run: pyproject.toml constraints.txt
 $(VENV)/stamp-test: $(VENV)/stamp-run
 	$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $@
+
+docs: $(VENV)/stamp-test
+	$(VENV)/bin/python -m docs.make_ops

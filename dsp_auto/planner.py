@@ -134,7 +134,8 @@ def plan(
         alpha-beta and roofline models on `hardware`: a profile's name or a `Hardware`; "h100" where none is given).
     capacity: bytes of activations per device (or `"80GB"`); without it, the least that any plan reaches, plus 10%, and of what
         could be sharded only the smallest tensors, which make up 5% of all, may stay whole.
-    strategy: "dsp" (sequence factors only), or "auto", which for now is the same.
+    strategy: "dsp" (sequence factors only), or "auto" (where no sequence is long enough for the ranks, batch and feature
+        factors too).
     dim_names: names of the inputs' dims for people: `{"video": "B T S C"}`.
     in_layouts: how inputs arrive, `{"video": {"sp": 1}}`: cut along dim 1 over mesh dim sp. out_layouts: how outputs leave,
         `{"sp": 1}`, or one entry for each tensor the model returns. What is not named is replicated.

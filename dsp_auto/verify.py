@@ -92,10 +92,13 @@ def compare(
 
 
 def deviation(own: torch.Tensor, reference: torch.Tensor, scale: float = 0.0) -> float:
-    """Largest difference, relative to the largest reference value or to `scale`; infinite where one is not a number."""
+    """Largest difference, relative to the largest finite reference value or to `scale`; infinite where one is not a number or
+    not finite and the other is not the same."""
     if own.numel() == 0:
         return 0.0
-    found = ((own - reference).abs().max() / max(reference.abs().max().item(), scale, 1e-30)).item()
+    same = (own == reference) | (own.isnan() & reference.isnan())
+    largest = reference.abs().nan_to_num(0, 0, 0).max().item()
+    found = torch.where(same, 0, own - reference).abs().max().item() / max(largest, scale, 1e-30)
     return math.inf if math.isnan(found) else found
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import operator
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from dsp_auto.errors import CaptureError, first_lines
 
 from .check_gradients import check_gradients, unchanged
 from .checkpointing import kept, marking, region
-from .propagate import Saved, propagate
+from .propagate import Saved, module_path, propagate
 
 aten = torch.ops.aten
 
@@ -85,7 +86,8 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
     started = time.perf_counter()
     exported = _export(fake, args, kwargs)
     exported_at = time.perf_counter()
-    _inline_no_grad(exported.graph_module)
+    grads = _grad_flags(fake, _inputs(exported), args, kwargs, exported)
+    _inline_no_grad(exported.graph_module, grads)
     if _needs_functionalization(exported.graph_module):
         exported = exported.run_decompositions({aten.copy.default: _copy})
         _compose(exported.graph_module.graph)
@@ -98,7 +100,6 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
     inputs = _inputs(exported)
     mutated = _mutated(exported)
     _drop_assertions(module.graph)
-    grads = _grad_flags(fake, inputs, args, kwargs, exported)
     training, saved, leaves = propagate(module, grads)
     if any(grads):
         kwargs = ordered_kwargs(kwargs, exported.call_spec.in_spec)
@@ -202,6 +203,9 @@ def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
     """The innermost submodule that runs when export fails, found by exporting once more with hooks on."""
     names = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
+    told = logging.getLogger("torch.fx.experimental.symbolic_shapes")  # which has said all it has to say
+    level = told.level
+    told.setLevel(logging.ERROR)
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(lambda m, a: stack.append(names.get(id(m), ""))),
         nn.modules.module.register_module_forward_hook(lambda m, a, out: stack.pop() and None),
@@ -211,21 +215,34 @@ def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
     except Exception:
         return next((name for name in reversed(stack) if name), "")
     finally:
+        told.setLevel(level)
         for hook in hooks:
             hook.remove()
     return ""
 
 
-def _inline_no_grad(module: fx.GraphModule) -> None:
-    """A region under `no_grad` becomes its ops and a `detach` of what leaves it."""
-    region = torch.ops.higher_order.wrap_with_set_grad_enabled
+def _inline_no_grad(module: fx.GraphModule, grads: Sequence[bool]) -> None:
+    """A region under `no_grad` becomes its ops, with a `detach` of what leaves it and of what in-place ops in it read.
+
+    grads: which placeholders require grad. Raises CaptureError where a region changes a tensor that has a gradient: autograd
+    then passes that gradient by the change, which no functional program does.
+    """
+    switch = torch.ops.higher_order.wrap_with_set_grad_enabled
     graph = module.graph = _rebuilt(module.graph)
+    graded: set[fx.Node] = set()
+    flags = iter(grads)
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not region:
+        if node.op == "placeholder":
+            if next(flags, False):
+                graded.add(node)
+            continue
+        if node.op != "call_function" or node.target is not switch:
+            if node.target is not aten.detach.default and not graded.isdisjoint(node.all_input_nodes):
+                graded |= {node, *map(_base, _changed(node))}
             continue
         enabled, body, *operands = node.args
         inner = getattr(module, body.target)
-        _inline_no_grad(inner)
+        _inline_no_grad(inner, [enabled and operand in graded for operand in operands])
         placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
         env = dict(zip(placeholders, operands, strict=True))
         for attribute in [n for n in inner.graph.nodes if n.op == "get_attr"]:
@@ -235,16 +252,24 @@ def _inline_no_grad(module: fx.GraphModule) -> None:
                 env[attribute] = graph.get_attr(name)
         with graph.inserting_before(node):
             for n in inner.graph.nodes:
-                if n.op == "call_function":
-                    env[n] = graph.node_copy(n, env.__getitem__)
+                if n.op != "call_function":
+                    continue
+                read = {} if enabled else {x: _detached(graph, env[x]) for x in _only_read(n)}
+                for changed in [] if enabled else _changed(n):
+                    if env.get(_base(changed)) in graded:
+                        raise CaptureError(
+                            asked="cannot capture the model for training",
+                            found=f"under torch.no_grad() it changes a tensor in place that has a gradient ({n.target})",
+                            where=module_path(n) or None,
+                            remedy="change a copy (tensor.detach().clone()), or change it with gradients",
+                        )
+                env[n] = graph.node_copy(n, lambda x, read={**env, **read}: read[x])
+                if enabled and not graded.isdisjoint(env[n].all_input_nodes):
+                    graded.add(env[n])
             results = []
             for result in inner.graph.output_node().args[0]:
                 new = env[result] if isinstance(result, fx.Node) else result
-                if not enabled and isinstance(new, fx.Node):
-                    value = new.meta.get("val")
-                    new = graph.call_function(aten.detach.default, (new,))
-                    new.meta["val"] = value
-                results.append(new)
+                results.append(_detached(graph, new) if not enabled and isinstance(new, fx.Node) else new)
         for user in list(node.users):
             if user.target is operator.getitem:
                 user.replace_all_uses_with(results[user.args[1]])
@@ -252,6 +277,40 @@ def _inline_no_grad(module: fx.GraphModule) -> None:
         graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    new = graph.call_function(aten.detach.default, (node,))
+    new.meta["val"] = node.meta.get("val")
+    return new
+
+
+def _writes(node: fx.Node) -> list[tuple[Any, bool]]:
+    """The arguments of an op that changes some of them, and whether it changes each."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = {argument.name: argument for argument in schema.arguments}
+    given = [*zip(node.args, schema.arguments), *((value, named[name]) for name, value in node.kwargs.items())]
+    return [(value, bool(own.alias_info is not None and own.alias_info.is_write)) for value, own in given]
+
+
+def _only_read(node: fx.Node) -> list[fx.Node]:
+    return [value for value, written in _writes(node) if not written and isinstance(value, fx.Node)]
+
+
+def _changed(node: fx.Node) -> list[fx.Node]:
+    return [value for value, written in _writes(node) if written and isinstance(value, fx.Node)]
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The tensor that a node is a view of, through the views taken in its graph."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        first = node.target._schema.arguments[0] if node.target._schema.arguments else None
+        if first is None or first.alias_info is None or not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+    return node
 
 
 def _rebuilt(graph: fx.Graph) -> fx.Graph:

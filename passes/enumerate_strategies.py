@@ -127,6 +127,7 @@ class Canonical:
     """Writes the two kinds of Replicate as one for tensors whose gradient nobody asks for."""
 
     def __init__(self, op: Op, factors: Factors) -> None:
+        self.factors = factors
         # Where no result needs a gradient, none flows back to the operands either.
         flows = any(factors.values[result].requires_grad for result in op.results)
         self.operands = [flows and factors.values[operand].requires_grad for operand in op.operands]
@@ -157,8 +158,9 @@ def _choices(op: Op, grad: Canonical, allowed: frozenset[int]) -> list[_Choice]:
         found.append(grad.choice((), None, lambda n: V, lambda n: V))
     if op.rule is None:
         return found
-    operand_places = [op.places(dims) for dims in op.rule.inputs]
-    result_places = [op.places(dims) for dims in op.rule.outputs]
+    values = grad.factors.values
+    operand_places = [op.places(dims, values[value]) for dims, value in zip(op.rule.inputs, op.operands, strict=True)]
+    result_places = [op.places(dims, values[value]) for dims, value in zip(op.rule.outputs, op.results, strict=True)]
     for cut in op.cuts:
         factors = op.factors(cut)
         if not allowed.issuperset(factors):

@@ -100,14 +100,18 @@ class Op:
     def factors(self, cut: tuple[Cut, ...]) -> tuple[int, ...]:
         return tuple(self.axes[axis][index] for axis, index in cut)
 
-    def places(self, dims: tuple[tuple[str, ...], ...]) -> dict[tuple[str, int], int]:
-        """Place of each (axis, which of its factors) in an operand or result that the rule writes as `dims`."""
+    def places(self, dims: tuple[tuple[str, ...], ...], value: Value) -> dict[tuple[str, int], int]:
+        """Place of each (axis, which of its factors) in an operand or result that the rule writes as `dims`. In a dim that
+        could not be brought together with its axes the value has other factors."""
         found: dict[tuple[str, int], int] = {}
         place = 0
-        for axis in (axis for dim in dims for axis in dim):
-            for index in range(len(self.axes[axis])):
-                found[axis, index] = place
-                place += 1
+        for axes, own in zip(dims, value.dims, strict=True):
+            inside = place
+            for axis in axes if self.opaque.isdisjoint(axes) else ():
+                for index in range(len(self.axes[axis])):
+                    found[axis, index] = inside
+                    inside += 1
+            place += len(own)
         return found
 
 
@@ -289,13 +293,17 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None, rng:
 
 
 def _arriving(program: Program, tensors: Mapping[ValueId, Any]) -> set[ValueId]:
-    """The values that a gradient reaches, from the outputs backwards."""
+    """The values that a gradient reaches, from the outputs backwards; what is written back to buffers has none."""
     found: set[ValueId] = set()
     for node in reversed(program.graph.nodes):
-        if node.op == "output" or (
-            node.op == "call_function" and any((node.name, n) in found for n in range(len(node_values(node))))
-        ):
-            found |= {operand for operand in operand_ids(node) if tensors[operand].requires_grad}
+        if node.op == "output":
+            returned = node.args[0][len(program.mutated) :]
+            operands = [value_id(out) for out in returned if isinstance(out, fx.Node) and is_tensor(out)]
+        elif node.op == "call_function" and any((node.name, n) in found for n in range(len(node_values(node)))):
+            operands = operand_ids(node)
+        else:
+            continue
+        found |= {operand for operand in operands if tensors[operand].requires_grad}
     return found
 
 

@@ -328,7 +328,7 @@ class _Writer:
             self.meta |= {key: value for key, value in meta.items() if key == "region"}
             args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: operand)
             places = self.graph.views[value][1]
-            keys = {places[place]: key for key, place in op.places(op.rule.outputs[0]).items()}
+            keys = {places[place]: key for key, place in op.places(op.rule.outputs[0], self.factors.values[value]).items()}
             cuts = [(keys[p.place],) if isinstance(p, Shard) else () for p in layout]
             new = op.rule.call(self.emit, op.node.target, args, kwargs, self._here(op, cuts))
             self.viewed[value, layout] = new

@@ -116,24 +116,34 @@ def _solve(
 ) -> tuple[Answer, set[int]]:
     """The cheapest choice within `capacity`, or without one the choice of the least peak; and the program points that it
     took to find it. A point is looked at once a choice exceeds it."""
-    if len(problem.points) <= FEW_POINTS:
+    few = len(problem.points) <= FEW_POINTS
+    if few:
         rows = model.points()
-        return model.solve(rows, capacity, time_limit=time_limit), set(rows)
-    points = set(points or ()) | _high_points(problem)
+        points = set(rows)
+    else:
+        points = set(points or ()) | _high_points(problem)
     deadline = time.perf_counter() + time_limit
+    held = capacity
     while True:
         left = max(deadline - time.perf_counter(), 0.1)
-        answer = model.solve(model.points(points), capacity, time_limit=left)
+        answer = model.solve(rows if few else model.points(points), held, time_limit=left)
         if answer.choice is None:
             return answer, points
         totals = problem.totals(answer.choice)
         limit = capacity if capacity is not None else max((totals[n] for n in points), default=0)
         exceeded = sorted((n for n, total in enumerate(totals) if total > limit), key=lambda n: -totals[n])
-        if not exceeded or time.perf_counter() > deadline:
-            # Out of time the choice found last may not fit: then there is none.
-            fits = not exceeded or capacity is None
-            return (answer if fits else replace(answer, status="Not Solved", choice=None, optimal=False)), points
-        points |= set(exceeded[:NEW_POINTS])
+        if not exceeded:
+            return answer, points
+        if time.perf_counter() > deadline:
+            # What was found last does not fit: then there is none.
+            return (answer if capacity is None else replace(answer, status="Not Solved", choice=None)), points
+        new = [n for n in exceeded if n not in points]
+        if new and not few:
+            points |= set(new[:NEW_POINTS])
+        elif capacity is None:
+            return answer, points
+        else:  # by less than the solver's tolerance
+            held -= totals[exceeded[0]] - capacity + 1
 
 
 def _high_points(problem: Problem) -> set[int]:

@@ -153,7 +153,8 @@ def make_stages(
     for op in factors.ops:
         if op.is_view:
             storage, places = views[op.operands[0]]
-            before, after = op.places(op.rule.inputs[0]), op.places(op.rule.outputs[0])
+            operand, result = factors.values[op.operands[0]], factors.values[op.results[0]]
+            before, after = op.places(op.rule.inputs[0], operand), op.places(op.rule.outputs[0], result)
             own = [0] * len(after)
             for key, place in after.items():
                 own[place] = places[before[key]]
@@ -190,7 +191,8 @@ def make_stages(
         if value is None or value not in factors.values:
             continue
         layout = (out_layouts or {}).get(number, replicated)
-        grad = factors.values[value].requires_grad
+        # What is written back to a buffer has no gradient.
+        grad = factors.values[value].requires_grad and number >= len(program.mutated)
         outputs.append(Use(views[value][0], index, number, (translated(layout, value),), grad))
     strategy = Strategy(nothing, uncut, tuple(use.wanted[0] for use in outputs), ())
     stages.append(Stage(index, OUTPUT, "output", None, (strategy,), (), ((),), tuple(outputs)))

@@ -145,7 +145,7 @@ def test_a_factor_may_stand_twice_in_one_tensor():
     assert sizes(found, "softmax") == [[5], [5]]
     assert scores.dims[0] == scores.dims[1]
     soft = op(found, "softmax")
-    places = soft.places(soft.rule.outputs[0])
+    places = soft.places(soft.rule.outputs[0], scores)
     assert sorted(places.values()) == [0, 1]
     assert [(key,) in soft.cuts for key, place in sorted(places.items(), key=lambda p: p[1])] == [True, False]
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import dsp_auto.rehearse as rehearsal
-from dsp_auto.errors import DspError, LayoutError, NoShardableFactorError
+from dsp_auto.errors import CaptureError, DspError, LayoutError, NoShardableFactorError
 from dsp_auto.rehearse import rehearse
+from dsp_auto.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, deviation
 from tests.graphs import random_program
 from tests.test_parallelize import Axial, WithStatistics
 
@@ -148,3 +149,92 @@ def test_a_captured_program_takes_the_values_of_its_inputs():
     ]
     found = rehearse(program, "3", values)
     assert found.output[0] < 1e-5 and found.gradient[0] < 1e-4 and found.ranks[0].gradients
+
+
+class DoesNotNest(nn.Module):
+    """A dim of (3, 4) read as (4, 3): that dim stays whole, the ones beside it are sharded as ever."""
+
+    def forward(self, x):
+        parts = x.unflatten(0, (3, 4)).softmax(1).flatten(0, 1)
+        return parts.reshape(4, 3, 5, 7).softmax(2).sin() + parts.softmax(2).reshape(4, 3, 5, 7)
+
+
+@pytest.mark.parametrize("mesh", ["2", "3", "2x2"])
+def test_dims_beside_one_that_does_not_nest_are_sharded(mesh):
+    found = rehearse(DoesNotNest(), mesh, (torch.randn(12, 5, 7, requires_grad=True),))
+    assert found.output[0] <= OUTPUT_TOLERANCE and found.gradient[0] <= GRADIENT_TOLERANCE
+
+
+class Writes(nn.Module):
+    """Attention beside a tensor or a buffer that is written in place."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.register_buffer("held", torch.zeros(2, 7, 8))
+
+    def attend(self, x):
+        return nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+    def forward(self, x):
+        return self.write(self, self.attend(x))
+
+
+def _new_tensor(self, y):
+    z = torch.zeros(2, 7, 8)
+    with torch.no_grad():
+        z[:, 1:3] = y[:, 2:4]
+    return z * 2 + y
+
+
+def _buffer(self, y):
+    with torch.no_grad():
+        self.held[:, ::3] += y[:, ::3]
+    return self.held * 2 + y
+
+
+def _cache(self, y):
+    with torch.no_grad():
+        self.held[:, :3] = self.held[:, 3:6]
+        self.held[:, 3:6] = y[:, 1:4]
+    return self.attend(torch.cat([self.held, y], 1))
+
+
+def _running_mean(self, y):
+    with torch.no_grad():
+        self.held.mul_(0.9).add_(y.mean((0, 1)), alpha=0.1)
+    return y * self.held
+
+
+@pytest.mark.parametrize("write", [_new_tensor, _buffer, _cache, _running_mean])
+def test_what_is_written_without_gradients_passes_none_on(write):
+    found = rehearse(Writes(write), "3", (torch.randn(2, 7, 8, requires_grad=True),))
+    assert found.output[0] <= OUTPUT_TOLERANCE and found.gradient[0] <= GRADIENT_TOLERANCE
+    assert all(entry.agrees for entry in found.traffic)
+
+
+def _own_gradient(self, y):
+    z = y.sin()
+    with torch.no_grad():
+        z.copy_(y)
+    return z * 2 + y
+
+
+def _gradient_from_writing(self, y):
+    z = torch.zeros(2, 7, 8)
+    z[:, 1:3] = y[:, 2:4]
+    with torch.no_grad():
+        z.mul_(2)
+    return z + y
+
+
+@pytest.mark.parametrize("write", [_own_gradient, _gradient_from_writing])
+def test_a_tensor_with_a_gradient_that_is_changed_without_one_is_refused(write):
+    with pytest.raises(CaptureError, match="in place that has a gradient.*detach"):
+        rehearse(Writes(write), "3", (torch.randn(2, 7, 8, requires_grad=True),))
+
+
+def test_infinities_that_are_equal_are_no_deviation():
+    one = torch.tensor([1.0, torch.inf, -torch.inf, torch.nan])
+    assert deviation(one, one.clone()) == 0
+    assert deviation(one, torch.tensor([1.0, 2.0, -torch.inf, torch.nan])) == torch.inf

@@ -9,14 +9,18 @@ these; an op that has neither is tried out (`discover`).
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from dsp_auto.errors import RuleError
+
 from ..notation import OpCall, OpRule, from_notation
 
+_log = logging.getLogger(__name__)
 RuleFunction = Callable[[OpCall], OpRule | None]
 WRITTEN, REGISTERED, FOUND = "written", "registered", "found"
 _RULES: dict[str, RuleFunction] = {}
@@ -75,7 +79,11 @@ def find_rule(call: OpCall) -> OpRule | None:
     """The rule of one op call, None where there is none."""
     function = rule_function(call.target)
     if function is not None:
-        return function(call)
+        try:
+            return function(call)
+        except RuleError as error:
+            _log.warning("the rule in %s does not describe this call: %s", where(function), error)
+            return None
     can_be_tried = isinstance(call.target, torch._ops.OpOverload) and not _is_torchs_own(call.target)
     return _discovered(call).rule if can_be_tried else None
 

@@ -71,8 +71,10 @@ def vector_loss(call: OpCall) -> OpRule | None:
 
 
 @rule("aten::multi_margin_loss", "aten::multilabel_margin_loss")
-def margin_loss(call: OpCall) -> OpRule:
+def margin_loss(call: OpCall) -> OpRule | None:
     """`b c` and what is known of each sample: its class, or a list of classes."""
+    if len(call.operands[0].shape) < 2 and call.outputs[0]:
+        return None  # of one sample without a batch the loss is a list of one
     b = "b" if len(call.operands[0].shape) == 2 else ""
     target = f"{b} c" if call.target._schema.name == "aten::multilabel_margin_loss" else b
     return _loss(call, [f"{b} c", target, "c"], [b] if b else [], whole="c")

@@ -14,7 +14,10 @@ aten = torch.ops.aten
 
 def _order(operand: Operand) -> list[int]:
     """The dims of an operand in the order in which its elements lie in memory, which is the order of what is drawn."""
-    strides = operand.stride or ()
+    if operand.stride is None:
+        return list(range(len(operand.shape)))
+    like = torch.empty_like(torch.empty_strided(operand.shape, operand.stride, device="meta"))
+    strides = like.stride()  # those of what is drawn, where the operand's own are broadcast or have gaps
     return sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
 
 
