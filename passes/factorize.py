@@ -106,11 +106,9 @@ class Op:
         found: dict[tuple[str, int], int] = {}
         place = 0
         for axes, own in zip(dims, value.dims, strict=True):
-            inside = place
-            for axis in axes if self.opaque.isdisjoint(axes) else ():
-                for index in range(len(self.axes[axis])):
-                    found[axis, index] = inside
-                    inside += 1
+            keys = [(axis, index) for axis in axes for index in range(len(self.axes[axis]))]
+            if tuple(self.axes[axis][index] for axis, index in keys) == own:
+                found |= {key: place + n for n, key in enumerate(keys)}
             place += len(own)
         return found
 

@@ -214,7 +214,7 @@ def _computes_over(problem: Problem, group: Sequence[Stage]) -> tuple[str, ...]:
             continue
         for axis in sorted(stage.op.rule.computes_over | stage.op.rule.reduces):
             for factor in stage.op.axes[axis]:
-                if factors.kinds[factor] == "sequence":
+                if factors.kinds.get(factor) == "sequence":
                     found[factors.names[factor]] = None
     return tuple(found)
 

@@ -56,6 +56,7 @@ MESHES = ("2", "3", "4", "5", "2x2", "2x3", "3x2", "1x2", "1")
 NOT_DRAWN = {
     name: "the memory is not filled, so no two runs agree" for name in registered() if re.search("::(new_)?empty", name)
 } | {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "wrong where the last dim is not contiguous, as attention sees to",
     "aten::linalg_eigvals": "rounding decides the order of equal eigenvalues",
     "aten::linalg_slogdet": "autograd gives no gradient through its sign, which on ranks is one of zeros",
     "aten::slogdet": "the same",
