@@ -36,7 +36,7 @@ a group of dims for each tensor operand and each result; the same name is the sa
 
 An op may read its arguments before it decides: `dsp-auto rules OP --example "..."` tells the rule of any call, and the file
 named for each family proves its rules on many more. All ops that carry torch's tag `pointwise` are covered by the rule of that
-name. An op that stands in no line here is tried out, unless it is random or has side effects, and its rule found if
+name. An op of another library is tried out, unless it is random or has side effects, and its rule found if
 it has one; `dsp_auto.register_rule` declares the rule of your own op.
 """
 

@@ -20,6 +20,7 @@ from .errors import DspError
 from .measure import CountCollectives
 from .mesh import Mesh, as_mesh
 from .passes.capture import Program, capture, ordered_kwargs
+from .passes.check_gradients import unchanged
 from .passes.checkpointing import local_module
 from .passes.factorize import ValueId, value_id
 from .passes.layout import Layout, Shard
@@ -142,11 +143,21 @@ def _of_model(model: nn.Module, program: Program, args: tuple, kwargs: dict) -> 
         given = list(given)
         for key in program.mutated:
             given[positions[key]] = given[positions[key]].clone()
-        entries = list(zip(program.inputs, given, strict=True))
-        state = {entry.name: value for entry, value in entries if entry.kind in ("parameter", "buffer")}
-        inputs = [value for entry, value in entries if entry.kind == "input"]
-        results = torch.func.functional_call(model, state, *pytree.tree_unflatten(inputs, program.in_spec))
-        return [given[positions[key]] for key in program.mutated] + pytree.tree_leaves(results)
+        entries = list(zip(program.inputs, values, given, strict=True))
+        instead = {id(old): new for entry, old, new in entries if entry.kind in ("parameter", "buffer")}
+        inputs = [new for entry, _, new in entries if entry.kind == "input"]
+        own_args, own_kwargs = pytree.tree_unflatten(inputs, program.in_spec)
+        # Not functional_call: it forgets a buffer that forward() sets anew.
+        with unchanged(model):
+            for module in model.modules():
+                for kept in (module._parameters, module._buffers):
+                    kept.update({name: instead[id(old)] for name, old in kept.items() if id(old) in instead})
+            results = model(*own_args, **own_kwargs)
+            changed = [
+                model.get_buffer(name) if kind == "buffer" else given[positions[kind, name]]
+                for kind, name in program.mutated
+            ]
+        return changed + pytree.tree_leaves(results)
 
     return values, alone
 

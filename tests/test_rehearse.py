@@ -206,7 +206,12 @@ def _running_mean(self, y):
     return y * self.held
 
 
-@pytest.mark.parametrize("write", [_new_tensor, _buffer, _cache, _running_mean])
+def _set_anew(self, y):
+    self.held = (self.held + y).detach()
+    return self.held * y
+
+
+@pytest.mark.parametrize("write", [_new_tensor, _buffer, _cache, _running_mean, _set_anew])
 def test_what_is_written_without_gradients_passes_none_on(write):
     found = rehearse(Writes(write), "3", (torch.randn(2, 7, 8, requires_grad=True),))
     assert found.output[0] <= OUTPUT_TOLERANCE and found.gradient[0] <= GRADIENT_TOLERANCE

@@ -52,10 +52,13 @@ def group_norm(call: OpCall) -> OpRule:
 
 @rule("aten::instance_norm")
 def instance_norm(call: OpCall) -> OpRule | None:
-    """A group norm of single channels."""
-    if not call["use_input_stats"] or call["running_mean"] is not None:
-        return None  # running statistics that it changes behind the schema's back
+    """A group norm of single channels; with given statistics each element by itself."""
     space = [f"s{position}" for position in range(len(call.operands[0].shape) - 2)]
+    if not call["use_input_stats"]:
+        text = f"b c {' '.join(space)}{', c' * (len(call.operands) - 1)} -> b c {' '.join(space)}"
+        return from_notation(text, call)
+    if call["running_mean"] is not None:
+        return None  # running statistics that it changes behind the schema's back
 
     def local(emit, target, args, kwargs, here: Local):
         if not here.shares(space):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.rules.calls import BF16, F32, F64, FLOATS, SIZE, aten, call, cases, generated, one_of, overload, shape_of, t
 
@@ -55,6 +56,8 @@ def _():
         x, weight, bias = t(5, 6, *space), t(6), t(6)
         yield call(aten.instance_norm.default, x, weight, bias, None, None, True, 0.1, 1e-5, False)
         yield call(aten.instance_norm.default, x, None, None, None, None, True, 0.1, 1e-5, False)
+        given = nn.Buffer(t(x.shape[1])), nn.Buffer(t(x.shape[1], positive=True))
+        yield call(aten.instance_norm.default, x, weight, bias, *given, False, 0.1, 1e-5, False)
 
 
 def _running(channels: int) -> list[torch.Tensor]:
