@@ -89,7 +89,7 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
     grads = _grad_flags(fake, _inputs(exported), args, kwargs, exported)
     _inline_no_grad(exported.graph_module, grads)
     if _needs_functionalization(exported.graph_module):
-        exported = exported.run_decompositions({aten.copy.default: _copy})
+        exported = _functional(exported, fake)
         _compose(exported.graph_module.graph)
         for node in exported.graph_module.graph.nodes:
             if node.target is aten.view.default:  # strides in this trace are not those of a run that keeps gradients
@@ -196,7 +196,21 @@ def _place(error: BaseException) -> str:
     """Where in the user's code an error came from."""
     ours = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
-    return f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    if not frames:
+        return ""
+    shown = frames[-1].filename.rpartition(f"site-packages{os.sep}")[2]  # of a library, from its name on
+    return f" ({shown}:{frames[-1].lineno} in {frames[-1].name})"
+
+
+def _functional(exported: torch.export.ExportedProgram, model: nn.Module) -> torch.export.ExportedProgram:
+    try:
+        return exported.run_decompositions({aten.copy.default: _copy})
+    except Exception as error:
+        raise CaptureError(
+            asked=f"cannot make the captured {type(model).__name__} functional",
+            found=first_lines(error) + _place(error),
+            remedy="keep numbers that are read from tensors (.item(), .tolist()) out of forward()",
+        ) from error
 
 
 def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
