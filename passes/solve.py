@@ -125,7 +125,7 @@ def _solve(
     deadline = time.perf_counter() + time_limit
     held = capacity
     while True:
-        left = max(deadline - time.perf_counter(), 0.1)
+        left = max(deadline - time.perf_counter(), min(time_limit, 0.1))
         answer = model.solve(rows if few else model.points(points), held, time_limit=left)
         if answer.choice is None:
             return answer, points

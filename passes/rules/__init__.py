@@ -82,6 +82,8 @@ def find_rule(call: OpCall) -> OpRule | None:
         try:
             return function(call)
         except RuleError as error:
+            if function in _USER_RULES.values():
+                raise
             _log.warning("the rule in %s does not describe this call: %s", where(function), error)
             return None
     can_be_tried = isinstance(call.target, torch._ops.OpOverload) and not _is_torchs_own(call.target)

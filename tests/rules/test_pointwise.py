@@ -67,7 +67,8 @@ def _runs(made: Call) -> bool:
 def _tagged() -> dict[Any, list[torch.dtype]]:
     """The ops that PyTorch tags pointwise and that give tensors, each with dtypes of which it gives results and gradients."""
     found = {}
-    for schema in torch._C._jit_get_all_schemas():
+    # In one order, whatever was registered meanwhile.
+    for schema in sorted(torch._C._jit_get_all_schemas(), key=str):
         gives_tensors = any(isinstance(result.type, torch.TensorType) for result in schema.returns)
         if schema.name.startswith("aten::") and gives_tensors and not schema.is_mutable:
             op = overload(f"{schema.name}.{schema.overload_name}")
@@ -78,14 +79,14 @@ def _tagged() -> dict[Any, list[torch.dtype]]:
 
 @cases("pointwise")
 def _():
-    for number, (op, dtypes) in enumerate(_tagged().items()):
-        for dtype in dict.fromkeys([dtypes[0], dtypes[-1]]):
-            yield _plain(op, dtype, _BROADCASTS[number % len(_BROADCASTS)])
     for left, right in _BROADCASTS:
         yield call(aten.mul.Tensor, t(*left), t(*right))
     yield call(aten.addcmul.default, t(7), t(5, 1), t(5, 7), value=0.5)
     yield call(aten.lerp.Tensor, t(5, 7), t(7), t(5, 1))
     yield call(aten.mul.Tensor, t(5, 7, dtype=I64), t(7))
+    for number, (op, dtypes) in enumerate(_tagged().items()):
+        for dtype in dict.fromkeys([dtypes[0], dtypes[-1]]):
+            yield _plain(op, dtype, _BROADCASTS[number % len(_BROADCASTS)])
 
 
 @generated("pointwise")
