@@ -1,6 +1,6 @@
 """What a primitive moves: wire bytes per device, the paper's volume, and seconds by the alpha-beta model.
 
-For each mesh dim of N ranks and a tensor of M bytes (M already divided by what other mesh dims shard):
+For N ranks (of one mesh dim, or of several together) and a tensor of M bytes (M already divided by what other mesh dims shard):
 
     primitive        forward             backward                      paper's Table 8 (forward)
     switch           M/N (N-1)/N         the same                      M/N
@@ -12,17 +12,20 @@ For each mesh dim of N ranks and a tensor of M bytes (M already divided by what 
     reduce_scatter   M (N-1)/N           M (N-1)/N (all-gather)        M
     replicate        0                   2M (N-1)/N (all-reduce)       0
     halo             what ranks lack     the same                      the same
+    ring             2M (N-1)/N          4M (N-1)/N                    2M (keys and values of M bytes each)
 
-Wire bytes are what a device sends in a bandwidth-optimal collective, the mean over devices where shards are uneven.
+Wire bytes are what a device sends in a bandwidth-optimal collective, the mean over devices where shards are uneven. Seconds are
+those of the collective (see `hardware`) and of the copies that pack what is sent and unpack what comes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsp_auto.shards import shard_sizes
+from .hardware import Hardware
 
-from .hardware import Hardware, Link
+Dims = Sequence[tuple[str, int]]  # names and sizes of the mesh dims that something goes over, outermost first
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,31 @@ class Cost:
 FREE = Cost()
 
 
-def switch_bytes(nbytes: int, source_size: int, target_size: int, ranks: int) -> float:
-    """Mean wire bytes of an all-to-all that leaves a factor of `source_size` for one of `target_size`: what rank r holds
-    of the one, less what it keeps of the other."""
-    if source_size % ranks == 0 or target_size % ranks == 0:
-        return nbytes * (ranks - 1) / ranks / ranks
-    kept = sum(a * b for a, b in zip(shard_sizes(source_size, ranks), shard_sizes(target_size, ranks), strict=True))
-    return nbytes * (1 - kept / (source_size * target_size)) / ranks
+@dataclass(frozen=True)
+class _Way:
+    """One direction of a primitive: its collective, and in units of the whole tensor what a device sends, what it copies, and
+    what the paper counts."""
+
+    collective: str = ""
+    sent: float = 0.0
+    copied: float = 0.0
+    paper: float = 0.0
+
+
+def _ways(primitive: str, ranks: int, leaves: float, partial_grad: bool) -> tuple[_Way, _Way]:
+    most, part = (ranks - 1) / ranks, 1 / ranks
+    switch = _Way("all_to_all", part * leaves, 2 * part, part)
+    gather, scatter = _Way("all_gather", most, 1, 1), _Way("reduce_scatter", most, 1, 1)
+    cut, reduce = _Way(copied=part), _Way("all_reduce", 2 * most, 0, 2)
+    nothing = _Way()
+    return {
+        "switch": (switch, switch),
+        "split": (cut, cut if partial_grad else gather),
+        "gather": (gather, scatter if partial_grad else cut),
+        "reduce": (reduce, reduce if partial_grad else nothing),
+        "reduce_scatter": (scatter, gather),
+        "replicate": (nothing, _Way("all_reduce", 2 * most, 2, 2)),  # in buckets, which are packed and unpacked
+    }[primitive]
 
 
 def primitive_cost(
@@ -66,49 +87,62 @@ def primitive_cost(
     nbytes: int | float,
     ranks: int,
     *,
-    sizes: tuple[int, int] = (0, 0),
+    leaves: float | None = None,
     grad: bool,
     partial_grad: bool = False,
     hardware: Hardware | None = None,
-    mesh_dim: str = "",
+    dims: Dims = (),
 ) -> Cost:
     """The cost of one primitive on a tensor of `nbytes` over `ranks`.
 
-    sizes: of the factor that is sharded before and the one after, for `switch`.
-    grad: whether a gradient comes back. partial_grad: the replicated side's gradient is Partial.
+    leaves: for `switch`, the share of its part that a device sends away, (N-1)/N if all parts are even.
+    grad: whether a gradient comes back. partial_grad: the replicated side's gradient is Partial. dims: where it goes, for
+    seconds.
     """
-    whole = nbytes * (ranks - 1) / ranks
-    if primitive == "switch":
-        forward = backward = switch_bytes(nbytes, *sizes, ranks)
-        paper = nbytes / ranks
-    else:
-        forward, backward, paper = {
-            "split": (0.0, 0.0 if partial_grad else whole, 0.0),
-            "gather": (whole, whole if partial_grad else 0.0, nbytes),
-            "reduce": (2 * whole, 2 * whole if partial_grad else 0.0, 2 * nbytes),
-            "reduce_scatter": (whole, whole, nbytes),
-            "replicate": (0.0, 2 * whole, 0.0),
-        }[primitive]
-    backward = backward if grad else 0.0
-    collectives = (forward > 0) + (backward > 0)
+    forward, backward = _ways(primitive, ranks, (ranks - 1) / ranks if leaves is None else leaves, partial_grad)
+    ways = (forward, backward) if grad else (forward,)
     seconds = 0.0
     if hardware is not None:
-        link = hardware.link(mesh_dim)
-        ring = 2 if primitive in ("reduce", "replicate") else 1
-        seconds = sum(_seconds(link, amount, ranks, ring) for amount in (forward, backward) if amount)
-    return Cost(forward, backward, collectives, paper, seconds)
+        seconds = sum(_seconds(hardware, way.collective, way.sent * nbytes, dims, way.copied * nbytes) for way in ways)
+    return Cost(
+        forward.sent * nbytes,
+        backward.sent * nbytes if grad else 0.0,
+        sum(way.sent > 0 for way in ways),
+        forward.paper * nbytes,
+        seconds,
+    )
 
 
-def halo_cost(sent: float, ranks: int, *, grad: bool, hardware: Hardware | None = None, mesh_dim: str = "") -> Cost:
+def halo_cost(sent: float, *, grad: bool, hardware: Hardware | None = None, dims: Dims = ()) -> Cost:
     """Of a `halo` in which a device sends `sent` bytes, in the mean; they come back as gradients."""
     if not sent:
         return FREE
     ways = 2 if grad else 1
-    # To the neighbours: no ring goes round.
-    seconds = 0.0 if hardware is None else ways * _seconds(hardware.link(mesh_dim), sent, 2, 1)
+    seconds = 0.0 if hardware is None else ways * _seconds(hardware, "send", sent, dims, 2 * sent)
     return Cost(sent, sent if grad else 0.0, ways, sent, seconds)
 
 
-def _seconds(link: Link, wire_bytes: float, ranks: int, rings: int) -> float:
-    """alpha-beta: a latency for each of the N-1 steps of a ring, and the bytes over the bandwidth."""
-    return rings * (ranks - 1) * link.latency + wire_bytes / link.bandwidth
+def ring_cost(
+    forward_bytes: float,
+    backward_bytes: float,
+    forward_collectives: int,
+    backward_collectives: int,
+    *,
+    hardware: Hardware | None = None,
+    dims: Dims = (),
+) -> Cost:
+    """Of keys and values that go round; bytes are what a device sends in the mean."""
+    seconds = 0.0
+    ways = ((forward_bytes, forward_collectives), (backward_bytes, backward_collectives))
+    if hardware is not None:
+        seconds = sum(n * _seconds(hardware, "send", sent / n, dims, 2 * sent / n) for sent, n in ways if n)
+    ranks = 1
+    for _, size in dims:
+        ranks *= size
+    paper = forward_bytes * ranks / (ranks - 1) if ranks > 1 else 0.0
+    return Cost(forward_bytes, backward_bytes, forward_collectives + backward_collectives, paper, seconds)
+
+
+def _seconds(hardware: Hardware, collective: str, sent: float, dims: Dims, copied: float) -> float:
+    moved = hardware.copy_seconds(copied) if copied else 0.0
+    return moved + (hardware.collective_seconds(collective, sent, dims) if sent else 0.0)

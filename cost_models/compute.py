@@ -1,12 +1,190 @@
-"""Seconds of one op on one device by the roofline: the larger of its arithmetic and its memory traffic."""
+"""Seconds of one op on one device: the kernels that it launches, forward and backward, each by the roofline.
+
+An op runs on fake tensors, and its gradient with it, while a mode below autograd writes down every kernel: so a linear's
+two products, a norm's backward, the copy in a reshape and the sums of gradients are all there, in the order and number
+in which they would run. FLOPs are those of `torch.utils.flop_counter`, which says nothing of attention on a CPU; the same
+formulas count it here: 4 s t d forward, 10 s t d backward (the scores once more, and four products), masks not considered.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from .hardware import Hardware
+from .hardware import Hardware, Kernel
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel. `kind`: matmul, convolution, attention, attention_backward, pointwise, reduction, copy, memory (what is
+    none of these), or view (nothing but a new description of a tensor)."""
+
+    op: str  # "addmm", "my_library::op"
+    kind: str
+    flops: int
+    nbytes: int  # read and written
+    dtype: str
+
+    def seconds(self, hardware: Hardware, shards: int = 1) -> float:
+        """With the work shared out over `shards` devices; overheads are not."""
+        return hardware.host + self.kernel(hardware).seconds(self.flops, self.nbytes, self.dtype, shards)
+
+    def kernel(self, hardware: Hardware) -> Kernel:
+        return hardware.kernel(self.op, self.kind, self.dtype)
+
+
+class RecordLaunches(TorchDispatchMode):
+    """Writes down the kernels that run inside, gradients' too: `with RecordLaunches() as record: ...; record.launches`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.namespace not in _SILENT:
+            self.launches.append(launch(func, args, kwargs, result))
+        return result
+
+
+def launch(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> Launch:
+    """What one call of an op below autograd does."""
+    packet, name = func.overloadpacket, func._schema.name.removeprefix("aten::")
+    read = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    written = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+    kind = _kind(func, name)
+    flops = _FLOPS[packet](*args, **kwargs, out_val=result) if packet in _FLOPS else 0
+    if kind == "view":
+        nbytes = 0
+    elif packet in _PICKS:  # reads as much as it gives, and what says where
+        nbytes = sum(map(_nbytes, (*written, *written, *read[1:])))
+    else:
+        if packet in _OVERWRITES:
+            read = read[1:]
+        elif name.startswith("new_") or name.endswith("_like"):
+            read = []
+        nbytes = sum(map(_nbytes, (*read, *written)))
+    floating = [x.dtype for x in (*read, *written) if x.dtype.is_floating_point or x.dtype.is_complex]
+    dtype = (floating or [x.dtype for x in (*read, *written)] or [torch.float32])[0]
+    return Launch(name, kind, int(flops), nbytes, str(dtype).removeprefix("torch."))
+
+
+def op_launches(target: Any, args: tuple, kwargs: Mapping[str, Any], training: bool) -> tuple[tuple[Launch, ...], ...]:
+    """Kernels of one call on fake tensors: (forward, backward). In training, gradients come for the operands that require
+    them; equal calls are looked at once."""
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    described = tuple(_describe(leaf) for leaf in leaves)
+    try:
+        return _launches(_Call(target, leaves, spec, (target, described, str(spec), training)), training)
+    except TypeError:  # an argument that cannot be hashed
+        return _launches.__wrapped__(_Call(target, leaves, spec, ()), training)
+
+
+def call_seconds(
+    target: Any, args: tuple, kwargs: Mapping[str, Any], hardware: Hardware, *, training: bool, shards: int = 1
+) -> tuple[float, float]:
+    """Seconds of one call on fake tensors, forward and backward, its work shared out over `shards` devices."""
+    forward, backward = op_launches(target, args, kwargs, training)
+    return tuple(sum(one.seconds(hardware, shards) for one in way) for way in (forward, backward))
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """Equal to calls whose tensors look the same."""
+
+    target: Any
+    leaves: list[Any]
+    spec: Any
+    key: tuple
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Call) and self.key == other.key
+
+
+@lru_cache(maxsize=4096)
+def _launches(call: _Call, training: bool) -> tuple[tuple[Launch, ...], ...]:
+    leaves = [_leaf(x, training) if isinstance(x, Tensor) else x for x in call.leaves]
+    args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+    with torch.set_grad_enabled(training), RecordLaunches() as forward:
+        result = call.target(*args, **kwargs)
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.requires_grad]
+    if not training or not wanted or not made:
+        return tuple(forward.launches), ()
+    gradients = [torch.empty_like(x) for x in made]
+    with RecordLaunches() as backward:
+        torch.autograd.grad(made, wanted, gradients, allow_unused=True)
+    return tuple(forward.launches), tuple(backward.launches)
+
+
+def _leaf(x: Tensor, training: bool) -> Tensor:
+    return x.detach().requires_grad_(training and x.requires_grad)
+
+
+def _describe(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return (Tensor, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
+    return (type(leaf), leaf)
+
+
+def _nbytes(x: Tensor) -> int:
+    """Bytes in memory: an expanded dim is there once."""
+    elements = 1
+    for size, stride in zip(x.shape, x.stride()):
+        elements *= size if stride or not size else 1
+    return elements * x.element_size()
+
+
+def _kind(func: Any, name: str) -> str:
+    packet = func.overloadpacket
+    if packet in _FLOPS:
+        kind = "attention" if "attention" in name else "convolution" if "conv" in name else "matmul"
+        return kind + "_backward" * (kind == "attention" and "backward" in name)
+    if func.is_view or packet in _NOTHING:
+        return "view"
+    if packet in _COPIES:
+        return "copy"
+    for tag, kind in ((torch.Tag.pointwise, "pointwise"), (torch.Tag.reduction, "reduction")):
+        if tag in func.tags:
+            return kind
+    return "memory"
+
+
+_FLOPS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g.shape, q.shape, k.shape, v.shape
+    ),
+}
+# Collectives are counted by their bytes; prim asks about tensors.
+_SILENT = ("_c10d_functional", "c10d", "prim", "profiler")
+_NOTHING = {
+    getattr(aten, name)
+    for name in "_unsafe_view detach alias empty empty_like empty_strided new_empty new_empty_strided lift_fresh".split()
+}
+_COPIES = {
+    getattr(aten, name)
+    for name in "clone copy_ _to_copy cat stack constant_pad_nd repeat slice_backward select_backward contiguous".split()
+}
+_OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}
+_PICKS = {aten.embedding, aten.index, aten.index_select, aten.gather}
 
 
 def op_flops(target: Any, args: tuple, kwargs: dict) -> int:
@@ -18,5 +196,4 @@ def op_flops(target: Any, args: tuple, kwargs: dict) -> int:
 
 def op_seconds(flops: float, bytes_moved: float, hardware: Hardware, training: bool) -> float:
     """Forward, and in training the backward: twice the arithmetic and twice the traffic of the forward."""
-    once = max(flops / hardware.flops, bytes_moved / hardware.memory_bandwidth)
-    return once * (3 if training else 1)
+    return hardware.kernel("", "matmul" if flops else "memory").seconds(flops, bytes_moved, "bfloat16") * (3 if training else 1)

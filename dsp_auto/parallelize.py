@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,10 +18,11 @@ from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
 from .errors import DspError, LayoutError, MeshError
+from .groups import group_names, place_in
 from .mesh import as_mesh
 from .passes.capture import Program, capture, ordered_kwargs
 from .passes.checkpointing import local_module
-from .passes.factorize import node_call
+from .passes.nodes import node_call
 from .passes.rules import why_none
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
@@ -38,7 +38,8 @@ def parallelize(
     *,
     objective: str = "volume",
     capacity: int | str | None = None,
-    strategy: str = "auto",
+    strategy: str | None = None,
+    shard_parameters: bool | None = None,
     hardware: Any = None,
     dim_names: Mapping[str, str] | None = None,
     in_layouts: Mapping[str, LayoutSpec] | None = None,
@@ -63,6 +64,7 @@ def parallelize(
         hardware,
         objective=objective,
         strategy=strategy,
+        shard_parameters=shard_parameters,
         dim_names=dim_names,
         in_layouts=in_layouts,
         out_layouts=out_layouts,
@@ -260,9 +262,8 @@ class ParallelModule(nn.Module):
             lambda: prepare(capture(state.model, *call), as_mesh(state.mesh), state.options)
         )
         solution = agreement.from_first(lambda: decide(ready))
-        coordinate = tuple(state.mesh.get_coordinate() or (0,) * state.mesh.ndim)
-        groups = [state.mesh.get_group(m).group_name if dist.is_initialized() else "" for m in range(state.mesh.ndim)]
-        plan, graph = agreement.together(lambda: finish(ready, solution, coordinate, groups))
+        groups = group_names(state.mesh, ready.problems[solution.space].graph.mesh)
+        plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups))
         module = local_module(graph, ready.program.module)
         agreement.check(
             plan.digest + str(ready.program.graph),
@@ -327,7 +328,7 @@ def _nothing() -> None:
 def _draws(ready: Prepared) -> bool:
     """Whether the program draws random numbers, as far as its rules know; an op without a rule may."""
     seeded = torch.Tag.nondeterministic_seeded
-    ops = ready.problem.graph.factors.ops
+    ops = ready.problems[0].graph.factors.ops
     return any(
         op.rule.is_random
         if op.rule

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from .errors import DspError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class PlanStage:
 class Plan:
     """What `dsp_auto.plan` decided, as plain data.
 
+    mesh: the mesh dims and their sizes. split: where the planner has split one (8 ranks as 4 x 2), the dims that it used
+        instead, which `layout`s name.
     communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
         counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
     memory: bytes of activations per device at the worst program point, and the capacity they were held under.
@@ -69,6 +71,7 @@ class Plan:
     """
 
     mesh: Mapping[str, int]
+    split: Mapping[str, int]
     objective: str
     strategy: str
     stages: tuple[PlanStage, ...]

@@ -15,13 +15,15 @@ from torch import fx, nn
 
 from .cost_models.compute import op_flops, op_seconds
 from .cost_models.hardware import Hardware, as_hardware
-from .errors import LayoutError, StrategyError
+from .errors import InfeasibleError, LayoutError, StrategyError
 from .mesh import Mesh, as_mesh
 from .passes.buckets import Bucket, make_buckets
 from .passes.capture import Program, capture
-from .passes.enumerate_strategies import check_preset, shardable_factors
-from .passes.factorize import Factors, factorize
+from .passes.factorize import factorize
+from .passes.factors import Factors
 from .passes.layout import Layout, R, Shard
+from .passes.nodes import value_id
+from .passes.presets import check_preset, find_spaces, has_several_sequences
 from .passes.problem import OBJECTIVES, Problem
 from .passes.rewrite import rewrite
 from .passes.solve import Solution, solve
@@ -39,7 +41,8 @@ class Options:
 
     objective: str = "volume"
     capacity: int | None = None
-    strategy: str = "auto"
+    strategy: str | None = None
+    shard_parameters: bool | None = None
     hardware: Hardware | None = None
     dim_names: Mapping[str, str] | None = None
     in_layouts: Mapping[str, LayoutSpec] | None = None
@@ -48,9 +51,23 @@ class Options:
     rng: str = "parallel"
 
     @classmethod
-    def of(cls, capacity: int | str | None = None, hardware: str | Hardware | None = None, **rest: Any) -> Options:
-        options = cls(capacity=parse_capacity(capacity), hardware=as_hardware(hardware), **rest)
-        check_preset(options.strategy)
+    def of(
+        cls,
+        capacity: int | str | None = None,
+        hardware: str | Hardware | None = None,
+        strategy: str | None = None,
+        shard_parameters: bool | None = None,
+        **rest: Any,
+    ) -> Options:
+        options = cls(
+            capacity=parse_capacity(capacity),
+            hardware=as_hardware(hardware),
+            strategy=strategy,
+            shard_parameters=shard_parameters,
+            **rest,
+        )
+        if options.strategy is not None:
+            check_preset(options.strategy)
         if options.objective not in OBJECTIVES:
             raise StrategyError(
                 asked=f"objective {options.objective!r}",
@@ -63,6 +80,15 @@ class Options:
         if options.objective == "time" and options.hardware is None:
             options = replace(options, hardware=as_hardware("h100"))
         return options
+
+
+    def settled(self, factors: Factors, mesh: Mesh) -> Options:
+        """With a strategy, where none was asked for."""
+        if self.strategy is not None:
+            return self
+        if has_several_sequences(factors, mesh):
+            return replace(self, strategy="dsp")
+        return replace(self, strategy="auto", shard_parameters=bool(self.shard_parameters))
 
 
 def _check_spec_types(options: Options) -> None:
@@ -101,10 +127,10 @@ def parse_capacity(capacity: int | str | None) -> int | None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A captured model and its problem, before anything is decided."""
+    """A captured model and its problems, one for each space of the strategy, before anything is decided."""
 
     program: Program
-    problem: Problem
+    problems: tuple[Problem, ...]
     options: Options
     seconds: Mapping[str, float]
 
@@ -117,7 +143,8 @@ def plan(
     *,
     objective: str = "volume",
     capacity: int | str | None = None,
-    strategy: str = "auto",
+    strategy: str | None = None,
+    shard_parameters: bool | None = None,
     hardware: str | Hardware | None = None,
     dim_names: Mapping[str, str] | None = None,
     in_layouts: Mapping[str, LayoutSpec] | None = None,
@@ -134,8 +161,9 @@ def plan(
         alpha-beta and roofline models on `hardware`: a profile's name or a `Hardware`; "h100" where none is given).
     capacity: bytes of activations per device (or `"80GB"`); without it, the least that any plan reaches, plus 10%, and of what
         could be sharded only the smallest tensors, which make up 5% of all, may stay whole.
-    strategy: "dsp" (sequence factors only), or "auto" (where no sequence is long enough for the ranks, batch and feature
-        factors too).
+    strategy: one of `passes.presets`: "dsp", "ulysses", "megatron-lm", "megatron-sp", "ring", or "auto", which may do all that
+        they do. None: "dsp" for a model of several sequences that are long enough, else "auto" with all parameters left whole.
+    shard_parameters: whether ranks may hold parts of parameters (as DTensors); None: as the strategy has it.
     dim_names: names of the inputs' dims for people: `{"video": "B T S C"}`.
     in_layouts: how inputs arrive, `{"video": {"sp": 1}}`: cut along dim 1 over mesh dim sp. out_layouts: how outputs leave,
         `{"sp": 1}`, or one entry for each tensor the model returns. What is not named is replicated.
@@ -150,6 +178,7 @@ def plan(
         hardware,
         objective=objective,
         strategy=strategy,
+        shard_parameters=shard_parameters,
         dim_names=dim_names,
         in_layouts=in_layouts,
         out_layouts=out_layouts,
@@ -160,54 +189,70 @@ def plan(
     program = capture(model, args, kwargs)
     with _no_garbage_collection():
         prepared = prepare(program, abstract, options)
-        return finish(prepared, decide(prepared), (0,) * len(abstract.sizes), abstract.names)[0]
+        return finish(prepared, decide(prepared))[0]
 
 
-def prepare(program: Program, mesh: Mesh, options: Options) -> Prepared:
-    """factorize -> enumerate -> stages."""
+def prepare(
+    program: Program, mesh: Mesh, options: Options, held: Mapping[str, Layout] | None = None
+) -> Prepared:
+    """factorize -> enumerate -> stages. held: see `make_stages`; of the user's mesh dims."""
     started = time.perf_counter()
     with _no_garbage_collection():
         factors = factorize(program, options.dim_names, options.rng)
-        shardable = shardable_factors(factors, mesh, options.strategy)
-        graph = make_stages(
-            program,
-            factors,
-            mesh,
-            shardable,
-            _in_layouts(program, factors, mesh, options.in_layouts or {}),
-            _out_layouts(program, factors, mesh, options.out_layouts),
-            # Without a capacity, large activations are sharded; a text prompt or a timestep may stay whole.
-            MAY_STAY_WHOLE if options.capacity is None else None,
-        )
-        problem = Problem(
-            program, graph, options.objective, options.hardware, _compute_seconds(program, graph, options)
-        )
-    return Prepared(program, problem, options, {**program.seconds, "prepare": time.perf_counter() - started})
+        problems = []
+        options = options.settled(factors, mesh)
+        for space in find_spaces(factors, mesh, options.strategy, options.shard_parameters):
+            graph = make_stages(
+                program,
+                factors,
+                space,
+                _in_layouts(program, factors, space.mesh, options.in_layouts or {}),
+                _out_layouts(program, factors, space.mesh, options.out_layouts),
+                # Without a capacity, large activations are sharded; a text prompt or a timestep may stay whole.
+                MAY_STAY_WHOLE if options.capacity is None else None,
+                None if held is None else {name: _refined(layout, mesh, space.mesh) for name, layout in held.items()},
+            )
+            seconds = _compute_seconds(program, graph, options)
+            problems.append(Problem(program, graph, options.objective, options.hardware, seconds))
+    return Prepared(program, tuple(problems), options, {**program.seconds, "prepare": time.perf_counter() - started})
 
 
 def decide(prepared: Prepared) -> Solution:
-    """solve."""
+    """solve: the best plan of all spaces."""
+    options, found, failed = prepared.options, [], []
     with _no_garbage_collection():
-        return solve(prepared.problem, prepared.options.capacity, time_limit=prepared.options.time_limit)
+        for number, problem in enumerate(prepared.problems):
+            try:
+                found.append(replace(solve(problem, options.capacity, time_limit=options.time_limit), space=number))
+            except InfeasibleError as error:
+                failed.append(error)
+    if not found:
+        raise min(failed, key=lambda error: error.least_bytes)
+    return min(found, key=lambda solution: solution.objective)
 
 
 def finish(
-    prepared: Prepared, solution: Solution, coordinate: Sequence[int], groups: Sequence[str]
+    prepared: Prepared, solution: Solution, rank: int = 0, groups: Callable[[tuple[int, ...]], str] | None = None
 ) -> tuple[Plan, fx.Graph]:
-    """rewrite: the plan, and the program of the rank at `coordinate`."""
+    """rewrite: the plan, and the program of the `rank`-th device of the mesh, counted row-major.
+
+    groups: c10d name of this rank's group along some mesh dims, asked for in the same order on every rank; without it the
+    program is only to be looked at.
+    """
     started = time.perf_counter()
+    problem = prepared.problems[solution.space]
+    mesh = problem.graph.mesh
     with _no_garbage_collection():
-        buckets: tuple[Bucket, ...] = make_buckets(
-            prepared.problem.graph, prepared.problem.reshardings(solution.choice)
-        )
-        graph = rewrite(prepared.program, prepared.problem, solution.choice, buckets, coordinate, groups)
+        buckets: tuple[Bucket, ...] = make_buckets(problem.graph, problem.reshardings(solution.choice))
+        names = {mesh_dims: (groups or mesh.label)(mesh_dims) for mesh_dims in problem.lines(solution.choice)}
+        graph = rewrite(prepared.program, problem, solution.choice, buckets, mesh.coordinate(rank), names)
     seconds = {
         "export": prepared.seconds["export"],
         "capture": prepared.seconds["capture"],
         "plan": prepared.seconds["prepare"] + sum(solution.seconds.values()),
         "rewrite": time.perf_counter() - started,
     }
-    return summarize(prepared.problem, solution, buckets, prepared.options.strategy, seconds), graph
+    return summarize(problem, solution, buckets, prepared.options.strategy, seconds), graph
 
 
 @contextmanager
@@ -240,10 +285,7 @@ def _compute_seconds(program: Program, graph: StageGraph, options: Options) -> C
             with torch.no_grad():
                 flops = op_flops(node.target, args, kwargs)
             whole[stage] = op_seconds(flops, moved, options.hardware, program.training)
-        shards = 1
-        for factor, ranks in zip(entry.strategies[strategy].factors, graph.mesh.sizes):
-            shards *= ranks if factor is not None else 1
-        return whole[stage] / shards
+        return whole[stage] / graph.shards(stage, strategy)
 
     return seconds
 
@@ -262,11 +304,14 @@ def _in_layouts(program: Program, factors: Factors, mesh: Mesh, specs: Mapping[s
     return {inputs[name]: layout_of(spec, factors, (inputs[name], 0), mesh, name) for name, spec in specs.items()}
 
 
+def _refined(layout: Layout, mesh: Mesh, split: Mesh) -> Layout:
+    """A layout over `mesh` as one over the same mesh with some dims split."""
+    return tuple(layout[mesh.names.index(name)] for name in split.part_of)
+
+
 def _out_layouts(program: Program, factors: Factors, mesh: Mesh, specs: Any) -> dict[int, Layout]:
     if specs is None:
         return {}
-    from .passes.factorize import value_id
-
     outputs = program.graph.output_node().args[0]
     tensors = [
         (number, value_id(node))
@@ -300,8 +345,8 @@ def layout_of(spec: LayoutSpec, factors: Factors, value: tuple[str, int], mesh: 
         return LayoutError(asked=f"layout {dict(spec)!r} of {label}", found=f"{problem} ({shape})", remedy=remedy)
 
     for name, dim in spec.items():
-        if name not in mesh.names:
-            raise wrong(f"the mesh has no dim {name!r}", f"its dims are {', '.join(mesh.names)}")
+        if name not in mesh.part_of:
+            raise wrong(f"the mesh has no dim {name!r}", f"its dims are {', '.join(mesh.whole)}")
         if dim is None:
             continue
         if isinstance(dim, str):
@@ -312,11 +357,12 @@ def layout_of(spec: LayoutSpec, factors: Factors, value: tuple[str, int], mesh: 
         if not -len(entry.dims) <= dim < len(entry.dims):
             raise wrong(f"it has no dim {dim}", f"use 0 to {len(entry.dims) - 1}")
         dim %= len(entry.dims)
-        m = mesh.names.index(name)
-        if not entry.dims[dim] or factors.sizes[entry.dims[dim][0]] < mesh.sizes[m]:
-            raise wrong(f"dim {dim} cannot be cut over {mesh.sizes[m]} ranks", "choose a longer dim")
+        ranks = mesh.whole[name]
+        if not entry.dims[dim] or factors.sizes[entry.dims[dim][0]] < ranks:
+            raise wrong(f"dim {dim} cannot be cut over {ranks} ranks", "choose a longer dim")
         placement = Shard(sum(len(own) for own in entry.dims[:dim]))
         if placement in found:
             raise wrong(f"two mesh dims cut dim {dim}", "cut each dim over one mesh dim")
-        found[m] = placement
+        for m in mesh.dims_of(name):
+            found[m] = placement
     return tuple(found)

@@ -16,8 +16,9 @@ on every rank alike; `materialize=True` counts it as zeros, for ranks that do no
 to use one, or its backward does not run and the others wait). `halo` gives rank r the range `[starts[r], stops[r])` of
 a dim of which rank r holds the next `held[r]` elements; ranges may overlap, and go on at the other end. Only what a rank
 lacks is sent. Partial means a sum. Shards follow `torch.tensor_split`
-(see dsp_auto.shards): uneven and empty ones are normal, nothing is padded. Outputs are contiguous where anything
-was communicated or cut. `ranks == 1` returns x.
+(see dsp_auto.shards): uneven and empty ones are normal, nothing is padded. Where the ranks are those of several mesh dims,
+each of which cuts what the one before leaves, shards may follow another pattern: then a size is a list, one entry a rank.
+Outputs are contiguous where anything was communicated or cut. `ranks == 1` returns x.
 
 Each op is registered as CompositeImplicitAutograd: autograd, fake tensors and torch.compile look through it
 and see functional collectives and their waits, while a graph captured above it keeps one readable node.
@@ -27,9 +28,10 @@ Raises `LayoutError` where dims, sizes, ranks or dtypes do not fit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from dsp_auto import measure, simulate
 from dsp_auto.errors import LayoutError
-from dsp_auto.shards import Piece, exchanged, pieces, shard_range, shard_sizes
+from dsp_auto.shards import Piece, exchanged, pieces, shard_sizes
 
 _library = torch.library.Library("dsp", "DEF")  # unregisters its ops when collected, so it must live
 _c10d = torch.ops._c10d_functional
@@ -47,6 +49,9 @@ _MOVED_AS_IS = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int8, torch.uint8),
 }
+
+
+Sizes = tuple[int, ...]  # of every rank's shard along a dim
 
 
 class _At(NamedTuple):
@@ -66,33 +71,52 @@ class _At(NamedTuple):
 
 
 def _switch(
-    x: Tensor, gather_dim: int, gather_size: int, scatter_dim: int, ranks: int, rank: int, group: str
+    x: Tensor,
+    gather_dim: int,
+    gather_size: list[int],
+    scatter_dim: int,
+    ranks: int,
+    rank: int,
+    group: str,
+    scatter_size: list[int] | None = None,
 ) -> Tensor:
     at = _site("switch", ranks, rank, group)
     gather_dim, scatter_dim = _dim(x, gather_dim, at), _dim(x, scatter_dim, at)
     if gather_dim == scatter_dim:
         raise LayoutError(f"switch: gather_dim and scatter_dim are both {gather_dim}; nothing to switch")
-    _check_shard(x, gather_dim, gather_size, at)
+    gathered = _check_shard(x, gather_dim, gather_size, at)
+    scattered = _check_whole(x, scatter_dim, scatter_size, at)
     if ranks == 1:
         return x
-    return _apply_switch(x, gather_dim, gather_size, scatter_dim, at)
+    return _apply_switch(x, gather_dim, gathered, scatter_dim, scattered, at)
 
 
-def _split(x: Tensor, dim: int, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
+def _split(
+    x: Tensor,
+    dim: int,
+    ranks: int,
+    rank: int,
+    group: str,
+    partial_grad: bool = False,
+    size: list[int] | None = None,
+) -> Tensor:
     at = _site("split", ranks, rank, group)
     dim = _dim(x, dim, at)
+    sizes = _check_whole(x, dim, size, at)
     if ranks == 1:
         return x
-    return _apply_split(x, dim, partial_grad, at)
+    return _apply_split(x, dim, sizes, partial_grad, at)
 
 
-def _gather(x: Tensor, dim: int, size: int, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
+def _gather(
+    x: Tensor, dim: int, size: list[int], ranks: int, rank: int, group: str, partial_grad: bool = False
+) -> Tensor:
     at = _site("gather", ranks, rank, group)
     dim = _dim(x, dim, at)
-    _check_shard(x, dim, size, at)
+    sizes = _check_shard(x, dim, size, at)
     if ranks == 1:
         return x
-    return _apply_gather(x, dim, size, partial_grad, at)
+    return _apply_gather(x, dim, sizes, partial_grad, at)
 
 
 def _reduce(x: Tensor, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
@@ -103,13 +127,16 @@ def _reduce(x: Tensor, ranks: int, rank: int, group: str, partial_grad: bool = F
     return _apply_reduce(x, partial_grad, at)
 
 
-def _reduce_scatter(x: Tensor, dim: int, ranks: int, rank: int, group: str) -> Tensor:
+def _reduce_scatter(
+    x: Tensor, dim: int, ranks: int, rank: int, group: str, size: list[int] | None = None
+) -> Tensor:
     at = _site("reduce_scatter", ranks, rank, group)
     dim = _dim(x, dim, at)
+    sizes = _check_whole(x, dim, size, at)
     _check_summable(x, at)
     if ranks == 1:
         return x
-    return _apply_reduce_scatter(x, dim, at)
+    return _apply_reduce_scatter(x, dim, sizes, at)
 
 
 def _replicate(xs: list[Tensor], ranks: int, rank: int, group: str, materialize: bool = False) -> list[Tensor]:
@@ -139,12 +166,14 @@ def _halo(
 
 
 for _schema, _op in {
-    "switch(Tensor x, int gather_dim, int gather_size, int scatter_dim, int ranks, int rank, str group)"
-    " -> Tensor": _switch,
-    "split(Tensor x, int dim, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _split,
-    "gather(Tensor x, int dim, int size, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _gather,
+    "switch(Tensor x, int gather_dim, int[1] gather_size, int scatter_dim, int ranks, int rank, str group,"
+    " int[]? scatter_size=None) -> Tensor": _switch,
+    "split(Tensor x, int dim, int ranks, int rank, str group, bool partial_grad=False, int[]? size=None)"
+    " -> Tensor": _split,
+    "gather(Tensor x, int dim, int[1] size, int ranks, int rank, str group, bool partial_grad=False)"
+    " -> Tensor": _gather,
     "reduce(Tensor x, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _reduce,
-    "reduce_scatter(Tensor x, int dim, int ranks, int rank, str group) -> Tensor": _reduce_scatter,
+    "reduce_scatter(Tensor x, int dim, int ranks, int rank, str group, int[]? size=None) -> Tensor": _reduce_scatter,
     "halo(Tensor x, int dim, int[] held, int[] starts, int[] stops, int ranks, int rank, str group) -> Tensor": _halo,
     "replicate(Tensor[] xs, int ranks, int rank, str group, bool materialize=False) -> Tensor[]": _replicate,
 }.items():
@@ -154,28 +183,28 @@ for _schema, _op in {
 # Recorded by autograd only where somebody wants a gradient, in a forward or in a backward.
 
 
-def _apply_switch(x: Tensor, gather_dim: int, gather_size: int, scatter_dim: int, at: _At) -> Tensor:
+def _apply_switch(x: Tensor, gather_dim: int, gathered: Sizes, scatter_dim: int, scattered: Sizes, at: _At) -> Tensor:
     return (
-        _Switch.apply(x, gather_dim, gather_size, scatter_dim, at)
+        _Switch.apply(x, gather_dim, gathered, scatter_dim, scattered, at)
         if _wants_grad(x)
-        else _run_switch(x, gather_dim, gather_size, scatter_dim, at)
+        else _run_switch(x, gather_dim, gathered, scatter_dim, scattered, at)
     )
 
 
-def _apply_split(x: Tensor, dim: int, partial_grad: bool, at: _At) -> Tensor:
-    return _Split.apply(x, dim, partial_grad, at) if _wants_grad(x) else _run_split(x, dim, at)
+def _apply_split(x: Tensor, dim: int, sizes: Sizes, partial_grad: bool, at: _At) -> Tensor:
+    return _Split.apply(x, dim, sizes, partial_grad, at) if _wants_grad(x) else _run_split(x, dim, sizes, at)
 
 
-def _apply_gather(x: Tensor, dim: int, size: int, partial_grad: bool, at: _At) -> Tensor:
-    return _Gather.apply(x, dim, size, partial_grad, at) if _wants_grad(x) else _run_gather(x, dim, size, at)
+def _apply_gather(x: Tensor, dim: int, sizes: Sizes, partial_grad: bool, at: _At) -> Tensor:
+    return _Gather.apply(x, dim, sizes, partial_grad, at) if _wants_grad(x) else _run_gather(x, dim, sizes, at)
 
 
 def _apply_reduce(x: Tensor, partial_grad: bool, at: _At) -> Tensor:
     return _Reduce.apply(x, partial_grad, at) if _wants_grad(x) else _run_all_reduce(x, at)
 
 
-def _apply_reduce_scatter(x: Tensor, dim: int, at: _At) -> Tensor:
-    return _ReduceScatter.apply(x, dim, at) if _wants_grad(x) else _run_reduce_scatter(x, dim, at)
+def _apply_reduce_scatter(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
+    return _ReduceScatter.apply(x, dim, sizes, at) if _wants_grad(x) else _run_reduce_scatter(x, dim, sizes, at)
 
 
 # Adjoints. None of them saves a tensor: sizes are all they need. Each runs by a primitive again, so gradients of
@@ -186,46 +215,47 @@ def _apply_reduce_scatter(x: Tensor, dim: int, at: _At) -> Tensor:
 
 class _Switch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gather_dim: int, gather_size: int, scatter_dim: int, at: _At) -> Tensor:
-        ctx.back = (scatter_dim, x.shape[scatter_dim], gather_dim)
+    def forward(
+        ctx: Any, x: Tensor, gather_dim: int, gathered: Sizes, scatter_dim: int, scattered: Sizes, at: _At
+    ) -> Tensor:
+        ctx.back = (scatter_dim, scattered, gather_dim, gathered)
         ctx.at = at
-        return _run_switch(x, gather_dim, gather_size, scatter_dim, at)
+        return _run_switch(x, gather_dim, gathered, scatter_dim, scattered, at)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _apply_switch(grad, *ctx.back, ctx.at.backward()), None, None, None, None
+        return _apply_switch(grad, *ctx.back, ctx.at.backward()), None, None, None, None, None
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, partial_grad: bool, at: _At) -> Tensor:
-        ctx.dim, ctx.size, ctx.partial_grad, ctx.at = dim, x.shape[dim], partial_grad, at
-        return _run_split(x, dim, at)
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: Sizes, partial_grad: bool, at: _At) -> Tensor:
+        ctx.dim, ctx.sizes, ctx.partial_grad, ctx.at = dim, sizes, partial_grad, at
+        return _run_split(x, dim, sizes, at)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         if ctx.partial_grad:  # the other ranks' slices are their terms of the sum
-            start, length = shard_range(ctx.size, ctx.at.ranks, ctx.at.rank)
-            whole = grad.new_zeros(_resized(grad, ctx.dim, ctx.size))
-            whole.narrow(ctx.dim, start, length).copy_(grad)
+            whole = grad.new_zeros(_resized(grad, ctx.dim, sum(ctx.sizes)))
+            whole.narrow(ctx.dim, *_range(ctx.sizes, ctx.at)).copy_(grad)
         else:
-            whole = _apply_gather(grad, ctx.dim, ctx.size, False, ctx.at.backward())
-        return whole, None, None, None
+            whole = _apply_gather(grad, ctx.dim, ctx.sizes, False, ctx.at.backward())
+        return whole, None, None, None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, size: int, partial_grad: bool, at: _At) -> Tensor:
-        ctx.dim, ctx.partial_grad, ctx.at = dim, partial_grad, at
-        return _run_gather(x, dim, size, at)
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: Sizes, partial_grad: bool, at: _At) -> Tensor:
+        ctx.dim, ctx.sizes, ctx.partial_grad, ctx.at = dim, sizes, partial_grad, at
+        return _run_gather(x, dim, sizes, at)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         at = ctx.at.backward()
         if ctx.partial_grad:
-            mine = _apply_reduce_scatter(grad, ctx.dim, at)
+            mine = _apply_reduce_scatter(grad, ctx.dim, ctx.sizes, at)
         else:
-            mine = _apply_split(grad, ctx.dim, False, at)
+            mine = _apply_split(grad, ctx.dim, ctx.sizes, False, at)
         return mine, None, None, None, None
 
 
@@ -247,13 +277,13 @@ class _Reduce(torch.autograd.Function):
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, at: _At) -> Tensor:
-        ctx.dim, ctx.size, ctx.at = dim, x.shape[dim], at
-        return _run_reduce_scatter(x, dim, at)
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
+        ctx.dim, ctx.sizes, ctx.at = dim, sizes, at
+        return _run_reduce_scatter(x, dim, sizes, at)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _apply_gather(grad, ctx.dim, ctx.size, True, ctx.at.backward()), None, None
+        return _apply_gather(grad, ctx.dim, ctx.sizes, True, ctx.at.backward()), None, None, None
 
 
 class _Replicate(torch.autograd.Function):
@@ -315,40 +345,37 @@ class _HaloBack(torch.autograd.Function):
 # What runs.
 
 
-def _run_switch(x: Tensor, gather_dim: int, gather_size: int, scatter_dim: int, at: _At) -> Tensor:
-    gathered, scattered = shard_sizes(gather_size, at.ranks), shard_sizes(x.shape[scatter_dim], at.ranks)
+def _run_switch(x: Tensor, gather_dim: int, gathered: Sizes, scatter_dim: int, scattered: Sizes, at: _At) -> Tensor:
     rest = _numel_without(x, gather_dim, scatter_dim)
     sends = [gathered[at.rank] * n * rest for n in scattered]
     receives = [n * scattered[at.rank] * rest for n in gathered]
-    received = _all_to_all(_pack(x, scatter_dim, at.ranks), receives, sends, at)
-    shape = _resized(x, gather_dim, gather_size)
+    received = _all_to_all(_pack(x, scatter_dim, scattered), receives, sends, at)
+    shape = _resized(x, gather_dim, sum(gathered))
     shape[scatter_dim] = scattered[at.rank]
-    return _unpack(received, shape, gather_dim, at.ranks)
+    return _unpack(received, shape, gather_dim, gathered)
 
 
-def _run_split(x: Tensor, dim: int, at: _At) -> Tensor:
-    start, length = shard_range(x.shape[dim], at.ranks, at.rank)
+def _run_split(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
     # clone, not contiguous(): a leading slice is contiguous already, and as a view would keep all of x alive
-    return x.narrow(dim, start, length).clone(memory_format=torch.contiguous_format)
+    return x.narrow(dim, *_range(sizes, at)).clone(memory_format=torch.contiguous_format)
 
 
-def _run_gather(x: Tensor, dim: int, size: int, at: _At) -> Tensor:
+def _run_gather(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
     flat = x.reshape(-1)
-    if size % at.ranks == 0:
+    if _is_even(sizes):
         received = _communicate(_c10d.all_gather_into_tensor, at, _as_moved(flat), at.ranks, at.group)
         received = _as_was(received, x.dtype)
     else:  # all-gather wants equal shards; sending mine to every rank puts the same bytes on the wire
         rest = _numel_without(x, dim)
-        receives = [n * rest for n in shard_sizes(size, at.ranks)]
+        receives = [n * rest for n in sizes]
         received = _all_to_all(flat.repeat(at.ranks), receives, [flat.numel()] * at.ranks, at)
-    return _unpack(received, _resized(x, dim, size), dim, at.ranks)
+    return _unpack(received, _resized(x, dim, sum(sizes)), dim, sizes)
 
 
-def _run_reduce_scatter(x: Tensor, dim: int, at: _At) -> Tensor:
-    sizes = shard_sizes(x.shape[dim], at.ranks)
+def _run_reduce_scatter(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
     shape = _resized(x, dim, sizes[at.rank])
-    packed = _pack(x, dim, at.ranks)
-    if x.shape[dim] % at.ranks == 0:
+    packed = _pack(x, dim, sizes)
+    if _is_even(sizes):
         return _communicate(_c10d.reduce_scatter_tensor, at, packed, "sum", at.ranks, at.group).view(shape)
     rest = _numel_without(x, dim)  # reduce-scatter wants equal shards: exchange the terms and sum them here
     terms = _all_to_all(packed, [sizes[at.rank] * rest] * at.ranks, [n * rest for n in sizes], at)
@@ -455,51 +482,64 @@ def before_first_collective(check: Callable[[], None]) -> Callable[[], None]:
 
 
 def _communicate(op: Any, at: _At, *args: Any) -> Tensor:
+    return _c10d.wait_tensor(_issue(op, at, *args))
+
+
+def _issue(op: Any, at: _At, *args: Any) -> Tensor:
+    """Starts a collective: work may go on meanwhile, and what it gives is to be read after `wait_tensor` only."""
     while _before_first:
         _before_first[0]()
     if (world := simulate.current(args[0])) is not None:
         return world.communicate(op, at, *args)
     if not measure.counting():
-        return _c10d.wait_tensor(op(*args))
+        return op(*args)
     with measure.label(at.primitive, at.direction, at.ranks, at.rank):
-        return _c10d.wait_tensor(op(*args))
+        return op(*args)
 
 
 # Blocks. A flat buffer holds one contiguous block per rank, in rank order; block r is shard r along a dim.
 
 
-def _pack(x: Tensor, dim: int, ranks: int) -> Tensor:
+def _pack(x: Tensor, dim: int, sizes: Sizes) -> Tensor:
     """All shards of x along dim, one after the other, flat. No copy where they already lie so."""
     if _leads(x.shape, dim):
         return x.reshape(-1)
-    sizes = shard_sizes(x.shape[dim], ranks)
-    if sizes[0] == sizes[-1]:
-        return _blocks(x, dim, ranks).reshape(-1)
-    # Shards come in two sizes, so two strided copies do, whatever the number of ranks.
+    if _is_even(sizes):
+        return _blocks(x, dim, len(sizes)).reshape(-1)
+    # One strided copy for each run of equal shards: two, unless several mesh dims cut one after the other.
     flat = x.new_empty(x.numel())
-    larger = sizes.count(sizes[0])
-    halves = [sum(sizes[:larger]), sum(sizes[larger:])]
-    for part, buffer, count in zip(x.split(halves, dim), _split_flat(flat, halves), (larger, ranks - larger)):
-        blocks = _blocks(part, dim, count)
-        buffer.view(blocks.shape).copy_(blocks)
+    counts = [(n, sum(1 for _ in run)) for n, run in itertools.groupby(sizes)]
+    lengths = [n * count for n, count in counts]
+    for part, buffer, (n, count) in zip(x.split(lengths, dim), _split_flat(flat, lengths), counts):
+        if n:
+            blocks = _blocks(part, dim, count)
+            buffer.view(blocks.shape).copy_(blocks)
     return flat
 
 
-def _unpack(flat: Tensor, shape: list[int], dim: int, ranks: int) -> Tensor:
+def _unpack(flat: Tensor, shape: list[int], dim: int, sizes: Sizes) -> Tensor:
     """The tensor of `shape` whose shards along dim lie in `flat`: the inverse of `_pack`."""
     if _leads(shape, dim):
         return flat.view(shape)
-    sizes = shard_sizes(shape[dim], ranks)
-    if sizes[0] == sizes[-1]:
-        return flat.view(ranks, *shape[:dim], sizes[0], *shape[dim + 1 :]).movedim(0, dim).reshape(shape)
+    if _is_even(sizes):
+        return flat.view(len(sizes), *shape[:dim], sizes[0], *shape[dim + 1 :]).movedim(0, dim).reshape(shape)
     blocks = _split_flat(flat, sizes)
     return torch.cat([b.view(*shape[:dim], n, *shape[dim + 1 :]) for b, n in zip(blocks, sizes)], dim)
 
 
-def _split_flat(flat: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+def _split_flat(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Cuts a flat tensor in proportion to `sizes`."""
     rest = flat.numel() // sum(sizes)
     return flat.split([n * rest for n in sizes])
+
+
+def _is_even(sizes: Sizes) -> bool:
+    return min(sizes) == max(sizes)
+
+
+def _range(sizes: Sizes, at: _At) -> tuple[int, int]:
+    """Where this rank's shard begins, and its length."""
+    return sum(sizes[: at.rank]), sizes[at.rank]
 
 
 def _leads(shape: Any, dim: int) -> bool:
@@ -549,15 +589,34 @@ def _dim(x: Tensor, dim: int, at: _At) -> int:
     return dim % x.ndim
 
 
-def _check_shard(x: Tensor, dim: int, size: int, at: _At) -> None:
-    if size < 0:
-        raise LayoutError(f"{at.primitive}: dim {dim} cannot have {size} elements")
-    length = shard_range(size, at.ranks, at.rank)[1]
-    if x.shape[dim] != length:
+def _check_shard(x: Tensor, dim: int, size: list[int], at: _At) -> Sizes:
+    """The sizes of all ranks' shards along a dim of which x is this rank's."""
+    sizes = _sizes(sum(size), size, dim, at)
+    if x.shape[dim] != sizes[at.rank]:
         raise LayoutError(
             f"{at.primitive}: dim {dim} of shape {list(x.shape)} holds {x.shape[dim]} elements, but "
-            f"rank {at.rank} of {at.ranks} holds {length} of {size}"
+            f"rank {at.rank} of {at.ranks} holds {sizes[at.rank]} of {sum(size)}"
         )
+    return sizes
+
+
+def _check_whole(x: Tensor, dim: int, size: list[int] | None, at: _At) -> Sizes:
+    """The sizes of all ranks' shards along a dim of which x has all."""
+    sizes = _sizes(x.shape[dim], size, dim, at)
+    if sum(sizes) != x.shape[dim]:
+        raise LayoutError(f"{at.primitive}: shards of {sum(sizes)} elements along dim {dim} of shape {list(x.shape)}")
+    return sizes
+
+
+def _sizes(whole: int, size: list[int] | None, dim: int, at: _At) -> Sizes:
+    given = [whole] if size is None else size
+    if any(n < 0 for n in given):
+        raise LayoutError(f"{at.primitive}: dim {dim} cannot have {min(given)} elements")
+    if len(given) == at.ranks > 1:
+        return tuple(int(n) for n in given)
+    if len(given) != 1:
+        raise LayoutError(f"{at.primitive}: {len(given)} sizes for {at.ranks} ranks")
+    return tuple(shard_sizes(given[0], at.ranks))
 
 
 def _check_summable(x: Tensor, at: _At) -> None:

@@ -22,12 +22,11 @@ from .mesh import Mesh, as_mesh
 from .passes.capture import Program, capture, ordered_kwargs
 from .passes.check_gradients import unchanged
 from .passes.checkpointing import local_module
-from .passes.factorize import ValueId, value_id
-from .passes.layout import Layout, Shard
+from .passes.layout import Layout, Shard, cutters
+from .passes.nodes import ValueId, value_id
 from .passes.stages import StageGraph
 from .plan import Plan
 from .planner import Options, decide, finish, prepare
-from .shards import shard_range
 from .verify import Traffic, traffic, worst
 
 
@@ -92,10 +91,12 @@ def rehearse(
         program = capture(model, tuple(args), kwargs)
         values, alone = _of_model(model, program, tuple(args), dict(kwargs or {}))
     prepared = prepare(program, mesh, checked)
-    solution, problem = decide(prepared), prepared.problem
+    solution = decide(prepared)
+    problem = prepared.problems[solution.space]
+    mesh = problem.graph.mesh
     parts = _Parts.of(program, problem.graph, lambda value: problem.made(value, solution.choice))
     coordinates = [mesh.coordinate(rank) for rank in range(mesh.ranks)]
-    written = [finish(prepared, solution, own, _lines(mesh, own)) for own in coordinates]
+    written = [finish(prepared, solution, rank, _lines(mesh, own)) for rank, own in enumerate(coordinates)]
     local = [local_module(graph, program.module).forward for _, graph in written]
     wanted = [isinstance(value, Tensor) and value.requires_grad for value in values]
 
@@ -162,9 +163,14 @@ def _of_model(model: nn.Module, program: Program, args: tuple, kwargs: dict) -> 
     return values, alone
 
 
-def _lines(mesh: Mesh, coordinate: Sequence[int]) -> list[str]:
-    """A group's name for the line of ranks through `coordinate` along each mesh dim."""
-    return [f"{name} at {(*coordinate[:m], '*', *coordinate[m + 1 :])}" for m, name in enumerate(mesh.names)]
+def _lines(mesh: Mesh, coordinate: Sequence[int]) -> Callable[[tuple[int, ...]], str]:
+    """A group's name for the line of ranks through `coordinate` along some mesh dims."""
+
+    def name(mesh_dims: tuple[int, ...]) -> str:
+        others = tuple("*" if m in mesh_dims else at for m, at in enumerate(coordinate))
+        return f"{mesh.label(mesh_dims)} at {others}"
+
+    return name
 
 
 class _Run:
@@ -233,7 +239,7 @@ class _Parts:
     @torch.no_grad()
     def _part(self, whole: Any, at: tuple[ValueId, Layout] | None, coordinate: Sequence[int]) -> Any:
         """The part of `whole` at `coordinate` of the mesh; the layout names places of the storage that it is a view of."""
-        sharded = {} if at is None else {p.place: m for m, p in enumerate(at[1]) if isinstance(p, Shard)}
+        sharded = set() if at is None else {p.place for p in at[1] if isinstance(p, Shard)}
         if whole is None or not sharded:
             return whole
         places, entry = self.graph.views[at[0]][1], self.graph.factors.values[at[0]]
@@ -241,9 +247,10 @@ class _Parts:
         found = whole.reshape(sizes)
         for position, place in enumerate(places):
             if place in sharded:
-                m = sharded[place]
-                ranges = shard_range(sizes[position], self.graph.mesh.sizes[m], coordinate[m])
-                found = found.narrow(position, *ranges)
+                mesh_dims = cutters(at[1], place)
+                lengths = self.graph.lengths(entry.factors[position], mesh_dims)
+                rank = self.graph.line(mesh_dims, coordinate)
+                found = found.narrow(position, sum(lengths[:rank]), lengths[rank])
         rest = iter(found.shape)
         return found.reshape([torch.Size(next(rest) for _ in dim).numel() for dim in entry.dims])
 

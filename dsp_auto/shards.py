@@ -1,7 +1,8 @@
 """How a dim is cut over ranks: the one place that knows.
 
 Shards follow `torch.tensor_split`: rank r of n holds s // n elements of a dim of size s, and one more where
-r < s % n. So there are at most two distinct sizes, the larger ones first, and a shard may be empty.
+r < s % n. So there are at most two distinct sizes, the larger ones first, and a shard may be empty. Where several mesh
+dims cut one dim, the inner ones cut each part of the outer ones so.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def shard_sizes(size: int, ranks: int) -> list[int]:
@@ -29,6 +31,16 @@ def shard_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} is not in [0, {ranks})")
     return rank * small + min(rank, larger), small + (rank < larger)
+
+
+@lru_cache(maxsize=4096)
+def nested_sizes(size: int, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Length of every rank's shard where mesh dims of `ranks`, outermost first, cut a dim of `size` elements one after the
+    other; ranks count row-major."""
+    sizes = [size]
+    for count in ranks:
+        sizes = [part for outer in sizes for part in shard_sizes(outer, count)]
+    return tuple(sizes)
 
 
 def _divide(size: int, ranks: int) -> tuple[int, int]:

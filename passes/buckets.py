@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .factorize import ValueId
+from .layout import Step
+from .nodes import ValueId
 from .problem import Resharding
 from .stages import StageGraph
 
@@ -15,11 +16,19 @@ BUCKET_BYTES = 25 * 2**20
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters that one `replicate` serves on each of `mesh_dims`."""
+    """Parameters that one `replicate` serves in each of their steps, which go over the same mesh dims."""
 
-    storages: tuple[ValueId, ...]
-    mesh_dims: tuple[int, ...]
+    reshardings: tuple[Resharding, ...]
     nbytes: int
+
+    @property
+    def storages(self) -> tuple[ValueId, ...]:
+        return tuple(resharding.storage for resharding in self.reshardings)
+
+    @property
+    def steps(self) -> tuple[tuple[Step, ...], ...]:
+        """Step by step, that of each parameter."""
+        return tuple(zip(*(resharding.steps for resharding in self.reshardings), strict=True))
 
 
 def make_buckets(graph: StageGraph, reshardings: Iterable[Resharding]) -> tuple[Bucket, ...]:
@@ -33,14 +42,13 @@ def make_buckets(graph: StageGraph, reshardings: Iterable[Resharding]) -> tuple[
         if entry.kind != "parameter" or len(own) != 1 or {step.primitive for step in own[0].steps} != {"replicate"}:
             continue
         first_use = min(use.stage for use in graph.uses[storage])
-        mesh_dims = tuple(step.mesh_dim for step in own[0].steps)
-        ready.append((first_use, storage, mesh_dims, entry.root))
+        nbytes = graph.local_bytes(storage, own[0].source)
+        ready.append((first_use, own[0], entry.root.dtype, nbytes))
     found: dict[tuple, list[Bucket]] = {}
-    for _, storage, mesh_dims, root in sorted(ready, key=lambda item: item[0]):
-        buckets = found.setdefault((mesh_dims, root.dtype), [])
-        if buckets and buckets[-1].nbytes + root.nbytes <= BUCKET_BYTES:
-            last = buckets[-1]
-            buckets[-1] = Bucket((*last.storages, storage), mesh_dims, last.nbytes + root.nbytes)
+    for _, own, dtype, nbytes in sorted(ready, key=lambda item: item[0]):
+        buckets = found.setdefault((tuple(step.mesh_dims for step in own.steps), dtype), [])
+        if buckets and buckets[-1].nbytes + nbytes <= BUCKET_BYTES:
+            buckets[-1] = Bucket((*buckets[-1].reshardings, own), buckets[-1].nbytes + nbytes)
         else:
-            buckets.append(Bucket((storage,), mesh_dims, root.nbytes))
+            buckets.append(Bucket((own,), nbytes))
     return tuple(bucket for buckets in found.values() for bucket in buckets)

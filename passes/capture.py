@@ -29,7 +29,8 @@ from dsp_auto.errors import CaptureError, first_lines
 
 from .check_gradients import check_gradients, unchanged
 from .checkpointing import kept, marking, region
-from .propagate import Saved, module_path, propagate
+from .nodes import module_path
+from .propagate import Saved, propagate
 
 aten = torch.ops.aten
 

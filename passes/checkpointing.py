@@ -19,6 +19,7 @@ from torch import fx
 from torch.fx import traceback
 from torch.utils import checkpoint
 
+from .nodes import value_id
 from .propagate import Saved
 
 _MARK = "dsp_auto.recomputed"
@@ -84,9 +85,7 @@ def kept(graph: fx.Graph, saved: Mapping[str, Saved]) -> dict[str, Saved]:
         found.pop(node.name, None)
         for operand in node.all_input_nodes:
             if operand.name not in inside[number] and operand.op != "get_attr":
-                is_item = operand.target is operator.getitem
-                value = (operand.args[0].name, operand.args[1]) if is_item else (operand.name, 0)
-                taken.setdefault(number, (node.name, {}))[1][value] = None
+                taken.setdefault(number, (node.name, {}))[1][value_id(operand)] = None
     for first, values in taken.values():
         found[first] = Saved(tuple(values))
     return found

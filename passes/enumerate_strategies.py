@@ -9,26 +9,21 @@ replicated:
     replicate  all operands and results Replicate
     varying    under training, all operands and results Replicate with a Partial gradient
 
-With several mesh dims: one choice each, no two on the same place. Which factors may be sharded is the preset's business.
+With several mesh dims: one choice each; two may cut the same, the outer one first, where it is long enough for both. Which
+factors may be sharded, and in which way, is the business of `presets`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from dsp_auto.errors import MeshError, NoShardableFactorError, StrategyError
-from dsp_auto.mesh import Mesh
-
-from .factorize import Cut, Factors, Op
+from .factors import Cut, Factors, Op
 from .layout import Layout, P, Placement, R, Shard, V
-
-# The kinds of factor that each preset may shard; the next set where none of a set is long enough for a mesh dim.
-PRESETS: Mapping[str, tuple[frozenset[str], ...]] = {
-    "dsp": (frozenset({"sequence"}),),
-    "auto": (frozenset({"sequence"}), frozenset({"sequence", "batch", "feature"})),
-}
+from .presets import Space
 
 
 @dataclass(frozen=True)
@@ -45,53 +40,14 @@ class Strategy:
     operands: tuple[Layout, ...]
     results: tuple[Layout, ...]
 
-
-def check_preset(strategy: str) -> None:
-    """Raises StrategyError for a strategy that does not exist."""
-    if strategy not in PRESETS:
-        raise StrategyError(
-            asked=f"strategy {strategy!r}", found="no such strategy", remedy=f"use one of {', '.join(sorted(PRESETS))}"
-        )
-
-
-def shardable_factors(factors: Factors, mesh: Mesh, strategy: str) -> tuple[frozenset[int], ...]:
-    """Per mesh dim, the factors that `strategy` may shard over it.
-
-    Raises NoShardableFactorError where the model has none of the kind, MeshError where each is shorter than the mesh dim.
-    """
-    check_preset(strategy)
-    if mesh.ranks == 1:
-        return tuple(frozenset() for _ in mesh.sizes)
-    splittable = {factor for op in factors.ops for cut in op.cuts for factor in op.factors(cut)}
-    found = []
-    for name, size in zip(mesh.names, mesh.sizes, strict=True):
-        fitting: frozenset[int] = frozenset()
-        for kinds in PRESETS[strategy] if size > 1 else ():
-            wanted = [factor for factor, kind in factors.kinds.items() if kind in kinds and factor in splittable]
-            fitting = frozenset(factor for factor in wanted if factors.sizes[factor] >= size)
-            if fitting:
-                break
-        if size > 1 and not wanted:
-            raise NoShardableFactorError(
-                asked=f"strategy {strategy!r} over mesh {mesh}",
-                found=f"the model has no {' or '.join(sorted(kinds))} factor that any op computes in parallel (its factors: "
-                f"{_describe(factors, list(factors.kinds))})",
-                remedy="this model has nothing to share out along a sequence; use data parallelism",
-            )
-        if size > 1 and not fitting:
-            longest = max(wanted, key=lambda factor: factors.sizes[factor])
-            raise MeshError(
-                asked=f"cannot shard over mesh dim {name} of {size} ranks",
-                found=f"every factor that strategy {strategy!r} may shard is shorter: {_describe(factors, wanted)}",
-                remedy=f"use at most {factors.sizes[longest]} ranks",
-            )
-        found.append(fitting)
-    return tuple(found)
-
-
-def _describe(factors: Factors, which: list[int], limit: int = 8) -> str:
-    shown = [f"{factors.names[f]}={factors.sizes[f]} ({factors.kinds[f]})" for f in which[:limit]]
-    return ", ".join(shown) + (", …" if len(which) > limit else "")
+    @cached_property
+    def together(self) -> dict[tuple[Cut, ...], tuple[int, ...]]:
+        """All that is cut, and the mesh dims that cut it, outermost first."""
+        found: dict[tuple[Cut, ...], tuple[int, ...]] = {}
+        for m, cut in enumerate(self.cuts):
+            if cut:
+                found[cut] = (*found.get(cut, ()), m)
+        return found
 
 
 @dataclass(frozen=True)
@@ -104,23 +60,33 @@ class _Choice:
     results: tuple[Placement, ...]
 
 
-def enumerate_strategies(op: Op, factors: Factors, shardable: tuple[frozenset[int], ...]) -> tuple[Strategy, ...]:
-    """The strategies of one op, replicated first. `shardable`: per mesh dim, see `shardable_factors`."""
+def enumerate_strategies(op: Op, factors: Factors, space: Space) -> tuple[Strategy, ...]:
+    """The strategies of one op, replicated first."""
     grad = Canonical(op, factors)
-    per_dim = [_choices(op, grad, allowed) for allowed in shardable]
+    per_dim = [_choices(op, grad, space, allowed) for allowed in space.factors]
     found = []
     for combination in itertools.product(*per_dim):
-        cut = [own for choice in combination for own in choice.cut]
-        if len(set(cut)) == len(cut):
-            found.append(
-                Strategy(
-                    tuple(choice.factor for choice in combination),
-                    tuple(choice.cut for choice in combination),
-                    tuple(zip(*(choice.operands for choice in combination))) if op.operands else (),
-                    tuple(zip(*(choice.results for choice in combination))) if op.results else (),
-                )
-            )
+        strategy = Strategy(
+            tuple(choice.factor for choice in combination),
+            tuple(choice.cut for choice in combination),
+            tuple(zip(*(choice.operands for choice in combination))) if op.operands else (),
+            tuple(zip(*(choice.results for choice in combination))) if op.results else (),
+        )
+        if _is_possible(op, strategy, factors, space):
+            found.append(strategy)
+    if not found:  # too short for all mesh dims together
+        return enumerate_strategies(op, factors, replace(space, everywhere=frozenset(), inside=frozenset()))
     return tuple(dict.fromkeys(found))
+
+
+def _is_possible(op: Op, strategy: Strategy, factors: Factors, space: Space) -> bool:
+    """Whether mesh dims that cut the same find enough of it, and others nothing in common."""
+    for cut, mesh_dims in strategy.together.items():
+        ranks = math.prod(space.mesh.sizes[m] for m in mesh_dims)
+        if len(mesh_dims) > 1 and any(factors.sizes[factor] < ranks for factor in op.factors(cut)):
+            return False
+    cut = [own for group in strategy.together for own in group]
+    return len(set(cut)) == len(cut)
 
 
 class Canonical:
@@ -152,7 +118,7 @@ def without_gradient(placement: Placement) -> Placement:
     return R if placement == V else placement
 
 
-def _choices(op: Op, grad: Canonical, allowed: frozenset[int]) -> list[_Choice]:
+def _choices(op: Op, grad: Canonical, space: Space, allowed: frozenset[int]) -> list[_Choice]:
     found = [grad.choice((), None, lambda n: R, lambda n: R)]
     if any(grad.operands) and allowed:
         found.append(grad.choice((), None, lambda n: V, lambda n: V))
@@ -161,22 +127,35 @@ def _choices(op: Op, grad: Canonical, allowed: frozenset[int]) -> list[_Choice]:
     values = grad.factors.values
     operand_places = [op.places(dims, values[value]) for dims, value in zip(op.rule.inputs, op.operands, strict=True)]
     result_places = [op.places(dims, values[value]) for dims, value in zip(op.rule.outputs, op.results, strict=True)]
+    weights = [n for n, operand in enumerate(op.operands) if operand[0] in grad.factors.weights]
+    sharded = []
     for cut in op.cuts:
-        factors = op.factors(cut)
-        if not allowed.issuperset(factors):
+        axes = {axis for axis, _ in cut}
+        if not allowed.issuperset(op.factors(cut)) or (op.rule.ring(axes) is not None and not space.ring):
             continue
-        summed = any(axis in op.rule.reduces or axis not in op.rule.combines for axis, _ in cut)
+        if not space.weights and any(own in operand_places[n] for n in weights for own in cut) and _is_feature(op, cut, grad):
+            continue
+        summed = any(axis in op.rule.reduces or axis not in op.rule.combines for axis in axes)
         without = P if summed else R
 
         def placed(places: list[dict[Cut, int]], n: int, otherwise: Placement, cut=cut) -> Placement:
             return next((Shard(places[n][own]) for own in cut if own in places[n]), otherwise)
 
-        found.append(
+        sharded.append(
             grad.choice(
                 cut,
-                factors[-1],
+                op.factors(cut)[-1],
                 lambda n, placed=placed: placed(operand_places, n, V),
                 lambda n, placed=placed, without=without: placed(result_places, n, without),
             )
         )
-    return found
+    over = {factor for axis in op.rule.computes_over for factor in op.axes[axis]}
+    musts = (space.everywhere, space.inside if over & space.sequence else frozenset())
+    must = [choice for choice in sharded if any(own.issuperset(op.factors(choice.cut)) for own in musts)]
+    if space.ring == "must" and over & space.sequence:
+        must += [choice for choice in sharded if op.rule.ring([axis for axis, _ in choice.cut]) is not None]
+    return must or found + sharded
+
+
+def _is_feature(op: Op, cut: tuple[Cut, ...], grad: Canonical) -> bool:
+    return any(grad.factors.kinds[factor] == "feature" for factor in op.factors(cut))

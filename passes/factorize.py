@@ -7,136 +7,22 @@ not nest (6·4 against 8·3) stays apart: that op then needs those dims whole.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
-import networkx
 import torch
 from torch import fx
 
 from dsp_auto.errors import LayoutError
 
 from .capture import Program
-from .notation import OpCall, OpRule, Shape
-from .propagate import module_path, node_values
+from .factors import Factors, Op, Value
+from .kinds import find_kinds
+from .nodes import ValueId, is_getitem, is_tensor, node_call, node_values, operand_ids, value_id
+from .notation import OpRule
 from .rules import find_rule
-
-ValueId = tuple[str, int]  # node name, index among the node's results
-Cut = tuple[str, int]  # axis of an op's rule, which of its factors
-
-
-@dataclass(frozen=True)
-class Value:
-    """One tensor of the graph. `dims` are the factors of each of its dims, major first: `(B T) S C`.
-
-    requires_grad: a gradient arrives at it in backward (not so upstream of a `detach`, whatever autograd records there).
-    """
-
-    id: ValueId
-    dims: tuple[tuple[int, ...], ...]
-    shape: Shape
-    dtype: torch.dtype
-    requires_grad: bool
-
-    @cached_property
-    def factors(self) -> tuple[int, ...]:
-        """Factors by place (see `layout`)."""
-        return tuple(factor for dim in self.dims for factor in dim)
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
-
-    @cached_property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
-
-
-@dataclass(frozen=True)
-class Op:
-    """One op of the graph: its rule (None: it runs replicated), operands and results.
-
-    `axes` are the factors of each axis of the rule, `opaque` the axes whose operands could not be brought together.
-    """
-
-    node: fx.Node
-    operands: tuple[ValueId, ...]
-    results: tuple[ValueId, ...]
-    rule: OpRule | None
-    axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    opaque: frozenset[str] = frozenset()
-
-    @property
-    def name(self) -> str:
-        return self.node.name
-
-    @cached_property
-    def path(self) -> str:
-        return module_path(self.node)
-
-    @property
-    def is_view(self) -> bool:
-        return self.rule is not None and self.rule.is_view and not self.opaque
-
-    @cached_property
-    def cuts(self) -> tuple[tuple[Cut, ...], ...]:
-        """All that one mesh dim may cut of this op: the axes it cuts, and which of their factors."""
-        if self.rule is None:
-            return ()
-        found: list[tuple[Cut, ...]] = []
-        for group in self.rule.cuts():
-            if not self.opaque.isdisjoint(group):
-                continue
-            if group[0] in self.rule.in_ranges:  # the major factor's parts are ranges of the axis
-                found.append(tuple((axis, 0) for axis in group))
-            else:
-                found += [((group[0], index),) for index in range(len(self.axes[group[0]]))]
-        return tuple(found)
-
-    def factors(self, cut: tuple[Cut, ...]) -> tuple[int, ...]:
-        return tuple(self.axes[axis][index] for axis, index in cut)
-
-    def places(self, dims: tuple[tuple[str, ...], ...], value: Value) -> dict[tuple[str, int], int]:
-        """Place of each (axis, which of its factors) in an operand or result that the rule writes as `dims`. In a dim that
-        could not be brought together with its axes the value has other factors."""
-        found: dict[tuple[str, int], int] = {}
-        place = 0
-        for axes, own in zip(dims, value.dims, strict=True):
-            keys = [(axis, index) for axis in axes for index in range(len(self.axes[axis]))]
-            if tuple(self.axes[axis][index] for axis, index in keys) == own:
-                found |= {key: place + n for n, key in enumerate(keys)}
-            place += len(own)
-        return found
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What `factorize` found. Factors are numbers; sizes, names and kinds are looked up here."""
-
-    sizes: Mapping[int, int]
-    names: Mapping[int, str]
-    kinds: Mapping[int, str]  # "feature", "sequence" or "batch"
-    values: Mapping[ValueId, Value]
-    ops: tuple[Op, ...]
-    rng: str = "parallel"  # or "serial": random numbers are those that one device would draw
-
-    def show(self, value: ValueId) -> str:
-        """`(B T) S C` with the factors' names."""
-        dims = [[self.names[factor] for factor in dim] for dim in self.values[value].dims]
-        return " ".join(d[0] if len(d) == 1 else f"({' '.join(d)})" if d else "1" for d in dims)
-
-    def factor_names(self, value: ValueId) -> tuple[str, ...]:
-        return tuple(self.names[factor] for factor in self.values[value].factors)
-
-    def of_kind(self, kind: str) -> list[int]:
-        return [factor for factor, its_kind in self.kinds.items() if its_kind == kind]
-
-    def __str__(self) -> str:
-        return "\n".join(f"{name}.{index}: {self.show((name, index))}" for name, index in self.values)
 
 
 class _Pieces:
@@ -231,26 +117,26 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None, rng:
     known_rules: dict[Any, OpRule | None] = {}
 
     for node in program.graph.nodes:
-        if node.op == "output" or _is_getitem(node):
+        if node.op == "output" or is_getitem(node):
             continue
         results = [
             ((node.name, index), value)
             for index, value in enumerate(node_values(node))
             if isinstance(value, torch.Tensor)
         ]
-        for value_id, value in results:
-            nodes[value_id] = value
+        for own, value in results:
+            nodes[own] = value
         if node.op != "call_function":
-            for value_id, value in results:
-                dims[value_id] = [[pieces.new(size)] if size != 1 else [] for size in value.shape]
+            for own, value in results:
+                dims[own] = [[pieces.new(size)] if size != 1 else [] for size in value.shape]
             continue
         operands = operand_ids(node)
         rule = _rule(node, known_rules, rng)
         axes: dict[str, list[int]] = {}
         opaque: set[str] = set()
         if rule is not None:
-            for value_id, mapping in zip(operands, rule.inputs, strict=True):
-                for own, names in zip(dims[value_id], mapping, strict=True):
+            for ident, mapping in zip(operands, rule.inputs, strict=True):
+                for own, names in zip(dims[ident], mapping, strict=True):
                     if len(names) == 1 and names[0] not in axes:
                         axes[names[0]] = own  # met for the first time, and alone: the dim's own pieces are the axis
                         continue
@@ -262,23 +148,23 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None, rng:
             for name, size in rule.sizes.items():
                 if name not in axes:
                     axes[name] = [pieces.new(size)]
-        for position, (value_id, value) in enumerate(results):
+        for position, (ident, value) in enumerate(results):
             if rule is None:
-                dims[value_id] = [[pieces.new(size)] if size != 1 else [] for size in value.shape]
+                dims[ident] = [[pieces.new(size)] if size != 1 else [] for size in value.shape]
             else:
-                dims[value_id] = [[p for name in names for p in axes[name]] for names in rule.outputs[position]]
-        calls.append((node, operands, [value_id for value_id, _ in results], rule, axes, opaque))
+                dims[ident] = [[p for name in names for p in axes[name]] for names in rule.outputs[position]]
+        calls.append((node, operands, [ident for ident, _ in results], rule, axes, opaque))
 
     arriving = _arriving(program, nodes)
     values = {
-        value_id: Value(
-            value_id,
+        ident: Value(
+            ident,
             tuple(tuple(pieces.leaves(dim)) for dim in own),
-            tuple(nodes[value_id].shape),
-            nodes[value_id].dtype,
-            value_id in arriving,
+            tuple(nodes[ident].shape),
+            nodes[ident].dtype,
+            ident in arriving,
         )
-        for value_id, own in dims.items()
+        for ident, own in dims.items()
     }
     ops = []
     for node, operands, results, rule, axes, opaque in calls:
@@ -286,7 +172,15 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None, rng:
         ops.append(Op(node, tuple(operands), tuple(results), rule, own_axes, frozenset(opaque)))
     factors = {factor: pieces.size[factor] for value in values.values() for factor in value.factors}
     made = Factors(factors, {}, {}, values, tuple(ops), rng)
-    made = replace(made, kinds=_kinds(program, made))
+    kinds = find_kinds(program, made)
+    made = replace(
+        made,
+        kinds=kinds.of,
+        inner=kinds.inner,
+        heads=kinds.heads,
+        sequences=kinds.sequences,
+        weights=kinds.weights,
+    )
     return replace(made, names=_names(program, made, dim_names or {}))
 
 
@@ -305,46 +199,6 @@ def _arriving(program: Program, tensors: Mapping[ValueId, Any]) -> set[ValueId]:
     return found
 
 
-def _is_getitem(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and not isinstance(node.target, torch._ops.OpOverload)
-        and node.target.__name__ == "getitem"
-    )
-
-
-def value_id(node: fx.Node) -> ValueId:
-    """The value that a node stands for: `getitem` only names one of its operand's results."""
-    if _is_getitem(node):
-        return (node.args[0].name, node.args[1])
-    return (node.name, 0)
-
-
-def operand_ids(node: fx.Node) -> list[ValueId]:
-    """The tensor operands of a node, in the order in which its arguments name them."""
-    found: list[ValueId] = []
-
-    def note(argument: fx.Node) -> fx.Node:
-        if is_tensor(argument):
-            found.append(value_id(argument))
-        return argument
-
-    fx.map_arg((node.args, node.kwargs), note)
-    return found
-
-
-def is_tensor(node: fx.Node) -> bool:
-    """Whether the node stands for one tensor (not for several, nor for a number)."""
-    return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def node_call(node: fx.Node) -> OpCall:
-    """The call that a node of the graph makes, as rules see it."""
-    results = [value for value in node_values(node) if isinstance(value, torch.Tensor)]
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"] if is_tensor(n) else n)
-    return OpCall.of(node.target, args, kwargs, results)
-
-
 def _rule(node: fx.Node, known: dict, rng: str) -> OpRule | None:
     """The op's rule; calls that differ only in where their operands come from share it."""
     call = node_call(node)
@@ -357,62 +211,6 @@ def _rule(node: fx.Node, known: dict, rng: str) -> OpRule | None:
         found = find_rule(call) if is_static and isinstance(node.target, torch._ops.OpOverload) else None
         known[key] = found.drawn_serially() if found is not None and rng == "serial" else found
     return known[key]
-
-
-def _kinds(program: Program, made: Factors) -> dict[int, str]:
-    """A *feature* factor is made or contracted by parameters; of the rest, a *sequence* factor is one that some op
-    computes over, or that the model steps through index by index, and a *batch* factor one that no op does."""
-    weights = {
-        node.name
-        for node, entry in zip((n for n in program.graph.nodes if n.op == "placeholder"), program.inputs, strict=True)
-        if entry.kind == "parameter"
-    }
-    feature: set[int] = set()
-    whole = _stepped_through(made)
-    for op in made.ops:
-        if op.rule is None:
-            continue
-        derived = [operand[0] in weights for operand in op.operands]
-        if derived and all(derived):
-            weights.add(op.name)
-        for axis in op.rule.computes_over:
-            whole |= set(op.axes[axis])
-        if any(derived) and (op.rule.contracts or op.node.target is torch.ops.aten.embedding.default):
-            has = [{axis for dim in dims for axis in dim} for dims in op.rule.inputs]
-            by_weight = {axis for axes, is_weight in zip(has, derived, strict=True) if is_weight for axis in axes}
-            by_other = {axis for axes, is_weight in zip(has, derived, strict=True) if not is_weight for axis in axes}
-            results = {axis for dims in op.rule.outputs for dim in dims for axis in dim}
-            for axis in by_weight:
-                if axis not in results or axis not in by_other:
-                    feature |= set(op.axes[axis])
-    # A piece of a sequence is one, and what it is joined to; the dims before and after a convolution.
-    joined = [
-        {factor for axis in (window.source, window.target) if axis in op.axes for factor in op.axes[axis]} - feature
-        for op in made.ops
-        if op.rule is not None
-        for window in op.rule.windows
-    ]
-    graph = networkx.Graph()
-    graph.add_edges_from(edge for group in joined for edge in itertools.pairwise(group))
-    whole |= {factor for group in networkx.connected_components(graph) if group & whole for factor in group}
-    return {
-        factor: "feature" if factor in feature else "sequence" if factor in whole else "batch" for factor in made.sizes
-    }
-
-
-def _stepped_through(made: Factors) -> set[int]:
-    """Factors of which an op takes all indices apart, or different ops different ones."""
-    aten = torch.ops.aten
-    indices: dict[int, set[int]] = {}
-    for op in made.ops:
-        if op.node.target not in (aten.select.int, aten.unbind.int):
-            continue
-        value = made.values[op.operands[0]]
-        dim = (op.node.args[1] if len(op.node.args) > 1 else 0) % len(value.dims)
-        taken = {op.node.args[2] % value.shape[dim]} if op.node.target is aten.select.int else set(range(value.shape[dim]))
-        for factor in value.dims[dim]:
-            indices.setdefault(factor, set()).update(taken)
-    return {factor for factor, taken in indices.items() if len(taken) > 1}
 
 
 def _label(op: Op) -> str:

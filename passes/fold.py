@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy
 
-from .stages import INPUT, StageGraph
+from .stages import INPUT, Stage, StageGraph
 
 
 def fold(graph: StageGraph) -> tuple[int, ...]:
@@ -14,7 +14,11 @@ def fold(graph: StageGraph) -> tuple[int, ...]:
     for equal lists of strategies, so it is a restriction of the problem and never makes it wrong.
     """
     numbers: dict[tuple, int] = {}
-    tokens = numpy.array([numbers.setdefault(_token(graph, stage), len(numbers)) for stage in graph.stages])
+    lists: dict[int, int] = {}  # by identity: many stages share one list
+    for stage in graph.stages:
+        if id(stage.strategies) not in lists:
+            lists[id(stage.strategies)] = numbers.setdefault(_strategies(graph, stage), len(numbers))
+    tokens = numpy.array([numbers.setdefault(_token(graph, stage, lists), len(numbers)) for stage in graph.stages])
     same = list(range(len(tokens)))
     todo = [(0, len(tokens))]
     while todo:
@@ -40,12 +44,21 @@ def _sources_too(graph: StageGraph, same: list[int]) -> list[int]:
     return same
 
 
-def _token(graph: StageGraph, stage) -> tuple:
-    """Stages with equal tokens are the same op on the same factors."""
+def _strategies(graph: StageGraph, stage: Stage) -> tuple:
+    """What a stage may do; blocks have the same sequences, and each its own heads and hidden dims."""
+    kinds = graph.factors.kinds
+    return tuple(
+        (tuple(f if kinds.get(f) != "feature" else "feature" for f in own.factors), own.cuts, own.operands, own.results)
+        for own in stage.strategies
+    )
+
+
+def _token(graph: StageGraph, stage: Stage, lists: dict[int, int]) -> tuple:
+    """Stages with equal tokens are the same op on like factors."""
     return (
         stage.kind,
         str(stage.op.node.target) if stage.op is not None else stage.results,
-        id(stage.strategies),
+        lists[id(stage.strategies)],
         tuple((graph.storages[result].root.shape, graph.storages[result].root.itemsize) for result in stage.results),
         tuple((graph.storages[use.storage].kind, use.grad, use.wanted) for use in stage.uses),
     )

@@ -2,17 +2,22 @@
 
 A *place* is a position among a tensor's factors, counted from its first dim's major factor: in `(B T) S C` the
 places are B=0, T=1, S=2, C=3. A layout names places, not factors, because one factor may stand twice in a tensor
-(the scores `[s, t]` of self-attention), and then only one of the two is sharded.
+(the scores `[s, t]` of self-attention), and then only one of the two is sharded. Several mesh dims may shard one place: the
+outermost cuts it, the next one cuts each of the parts.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Each rank of the mesh dim holds its `torch.tensor_split` part of the factor at `place`."""
+    """Each rank of the mesh dim holds its `torch.tensor_split` part of the factor at `place`, or of what the mesh dims before
+    it leave of that."""
 
     place: int
 
@@ -43,67 +48,78 @@ Layout = tuple[Placement, ...]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One primitive on one mesh dim; `before` and `after` are the whole layouts around it."""
+    """One primitive over all of `mesh_dims` together (outermost first); `before` and `after` are the whole layouts around
+    it."""
 
     primitive: str
-    mesh_dim: int
+    mesh_dims: tuple[int, ...]
     before: Layout
     after: Layout
 
     @property
     def source(self) -> Placement:
-        return self.before[self.mesh_dim]
+        return self.before[self.mesh_dims[0]]
 
     @property
     def target(self) -> Placement:
-        return self.after[self.mesh_dim]
+        return self.after[self.mesh_dims[0]]
 
 
-def _primitives(a: Placement, b: Placement) -> tuple[tuple[str, Placement], ...] | None:
-    """The primitives that turn `a` into `b` on one mesh dim, None where there is no way (DESIGN section 3)."""
-    if a == b:
-        return ()
+def _primitive(a: Placement, b: Placement) -> str | None:
+    """The primitive that turns `a` into `b`, None where there is none (DESIGN section 3)."""
     if isinstance(a, Shard):
-        return (("switch", b),) if isinstance(b, Shard) else (("gather", b),) if isinstance(b, Replicate) else None
+        return "switch" if isinstance(b, Shard) else "gather" if isinstance(b, Replicate) else None
     if isinstance(a, Partial):
-        return (("reduce_scatter", b),) if isinstance(b, Shard) else (("reduce", b),)
+        return "reduce_scatter" if isinstance(b, Shard) else "reduce" if isinstance(b, Replicate) else None
     if isinstance(b, Shard):
-        return (("split", b),)
-    if b == V:
-        return (("replicate", b),)
-    return None  # V -> R and R -> Partial: no plan gains by them
+        return "split"
+    return "replicate" if a == R and b == V else None  # V -> R and R -> Partial: no plan gains by them
 
 
-def steps(source: Layout, target: Layout) -> tuple[Step, ...] | None:
-    """Primitives, mesh dim by mesh dim, from `source` to `target`; None where there is no way.
+def cutters(layout: Layout, place: int) -> tuple[int, ...]:
+    """The mesh dims that cut a place, the outermost first: each cuts what those before it leave."""
+    return tuple(m for m, placement in enumerate(layout) if placement == Shard(place))
 
-    No layout on the way shards one place twice: a mesh dim waits until the place it goes to is free; where the mesh
-    dims wait for each other in a ring, one of them gathers first.
+
+def moves(layout: Layout, placements: Collection[Placement]) -> Iterator[Step]:
+    """All single primitives from `layout`, over one mesh dim or several that do the same, to one of `placements`.
+
+    Of the mesh dims that cut a place, the innermost leave it first and come to it last: so every shard is a range.
     """
-    todo = {m: _primitives(a, b) for m, (a, b) in enumerate(zip(source, target, strict=True))}
-    if any(way is None for way in todo.values()):
-        return None
-    todo = {m: list(way) for m, way in todo.items() if way}
-    current, found = list(source), []
-
-    def take(mesh_dim: int, primitive: str, placement: Placement) -> None:
-        before = tuple(current)
-        current[mesh_dim] = placement
-        found.append(Step(primitive, mesh_dim, before, tuple(current)))
-
-    while todo:
-        for m in list(todo):
-            primitive, placement = todo[m][0]
-            if isinstance(placement, Shard) and placement in current:
-                continue
-            take(m, primitive, placement)
-            del todo[m]
-            break
+    for a in dict.fromkeys(layout):
+        alike = [m for m, placement in enumerate(layout) if placement == a]
+        # What leaves a place leaves it from the inside.
+        if isinstance(a, Shard):
+            leaving = [tuple(alike[n:]) for n in range(len(alike))]
         else:
-            m = next(iter(todo))
-            take(m, "gather", R)
-            todo[m] = [("split", target[m])]
-    return tuple(found)
+            leaving = [dims for n in range(1, len(alike) + 1) for dims in itertools.combinations(alike, n)]
+        for b in placements:
+            primitive = _primitive(a, b)
+            if primitive is None or a == b:
+                continue
+            inside = cutters(layout, b.place)[-1:] if isinstance(b, Shard) else ()
+            for dims in leaving:
+                if not inside or inside[0] < dims[0]:
+                    after = tuple(b if m in dims else placement for m, placement in enumerate(layout))
+                    yield Step(primitive, dims, layout, after)
+
+
+def ways(
+    source: Layout, placements: Collection[Placement], cost: Callable[[Step], float]
+) -> dict[Layout, tuple[Step, ...]]:
+    """The cheapest steps from `source` to every layout that moves among `placements` lead to (Dijkstra)."""
+    found: dict[Layout, tuple[Step, ...]] = {}
+    tried = itertools.count()
+    todo: list[tuple[float, int, Layout, tuple[Step, ...]]] = [(0.0, next(tried), source, ())]
+    while todo:
+        spent, _, layout, steps = heapq.heappop(todo)
+        if layout in found:
+            continue
+        found[layout] = steps
+        for step in moves(layout, placements):
+            if step.after not in found:
+                heapq.heappush(todo, (spent + cost(step), next(tried), step.after, (*steps, step)))
+    return found
 
 
 def show_placement(placement: Placement, factor_names: tuple[str, ...]) -> str:

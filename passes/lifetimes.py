@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from .capture import Program
 from .checkpointing import region
-from .factorize import ValueId
+from .nodes import ValueId
 from .stages import OP, Stage, StageGraph, Use
 
 

@@ -31,16 +31,15 @@ from dataclasses import dataclass
 import numpy
 import pulp
 
-from .factorize import ValueId
 from .layout import Layout
 from .lifetimes import Internal, Kept, Made, Term, Used
-from .problem import Problem
+from .nodes import ValueId
+from .problem import TIE, Problem
 from .stages import Stage, Use, strip
 
 # Between plans of equal bytes, the one with fewer reshardings, and those between modules rather than inside them; then
-# the one that does less work twice. A resharding weighs this share of the largest tensor, or of a second.
-_TIE = 1e-10
-_SCALE = 1e6
+# the one that does less work twice. A resharding weighs `TIE` of the largest tensor, or of a second.
+_SCALE = 1e6  # the objective's largest coefficient, for the solver
 
 Expression = dict[str, float]
 ByLayout = dict[Layout, Expression]
@@ -82,7 +81,7 @@ class Model:
         self.objective: Expression = {}
         made = [s.root.nbytes for s in self.graph.storages.values() if s.kind == "activation"]
         self._made_bytes = sum(made) or 1
-        self._tie = _TIE * (max(made, default=1) if problem.objective == "volume" else 1.0)
+        self._tie = TIE * (max(made, default=1) if problem.objective == "volume" else 1.0)
         self._layouts: dict[tuple, ByLayout] = {}
         self._edges: dict[tuple, dict[tuple[Layout, Layout], Expression]] = {}
         self._terms: dict[tuple, tuple[int, ByLayout, dict[Layout, float]]] = {}
@@ -173,7 +172,7 @@ class Model:
 
     def _repeated_work(self, stage: Stage, strategy: int) -> float:
         """The share of the program's result bytes that this stage makes on every rank of a mesh dim."""
-        whole = sum(1 for factor in stage.strategies[strategy].factors if factor is None)
+        whole = sum(1 for cut in stage.strategies[strategy].cuts if not cut)
         return whole * sum(self.graph.storages[result].root.nbytes for result in stage.results) / self._made_bytes
 
     def _group(self) -> list[_Group]:

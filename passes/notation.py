@@ -11,6 +11,7 @@ that the op does not read (`type_as`), `...` the leading dims that operands shar
     ranges   axes that are cut together, and only into ranges: what a rank computes depends on where its part begins.
              A *window* then says which range of an operand a range of a result needs (convolution, slice, cat, roll)
     combines the op computes over it in a way that ranks can share: they exchange statistics inside the op
+    rings    axes that are cut together, queries and keys of an attention: blocks of keys and values go round the ranks
 
 An axis of a result that no operand has (`expand`) is parallel too: each rank makes its part. An operand that lacks a
 sharded axis is used by sharded work, so it must be Replicate with a Partial gradient.
@@ -18,6 +19,7 @@ sharded axis is used by sharded work, so it must be Replicate with a Partial gra
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -30,7 +32,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import RuleError
-from dsp_auto.shards import exchanged, shard_range, wrapped
+from dsp_auto.shards import exchanged, wrapped
 
 Dim = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -100,18 +102,38 @@ class OpCall:
 
 @dataclass(frozen=True)
 class Site:
-    """Where an axis is cut: over `ranks`, of which this is the `rank`-th, into ranges of whole `unit`s."""
+    """Where an axis is cut: into ranges of `lengths[r]` whole `unit`s, of which this is the `rank`-th."""
 
-    ranks: int
+    lengths: tuple[int, ...]
     rank: int
     group: str
-    lead: int
     unit: int
+
+    @property
+    def ranks(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def lead(self) -> int:
+        """How many units all ranks hold."""
+        return self.ends[-1]
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(itertools.accumulate(self.lengths))
+
+    @property
+    def start(self) -> int:
+        """The units before this rank's."""
+        return self.ends[self.rank] - self.length
+
+    @property
+    def length(self) -> int:
+        return self.lengths[self.rank]
 
     def range(self, rank: int) -> tuple[int, int]:
         """`[start, stop)` of a rank's part."""
-        start, length = shard_range(self.lead, self.ranks, rank)
-        return start * self.unit, (start + length) * self.unit
+        return (self.ends[rank] - self.lengths[rank]) * self.unit, self.ends[rank] * self.unit
 
     @cached_property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -135,18 +157,38 @@ class Window:
     fill: float | None = None
     computes: bool = False
 
+    def needed(self, start: int, stop: int, size: int) -> tuple[int, int]:
+        """The range of `size` elements of the source that the range `[start, stop)` of the target takes from there."""
+        needed = self.needs(start, stop)
+        return needed if self.wraps else within(*needed, size)
+
+    def ends(self, target: Iterable[tuple[int, int]], size: int) -> tuple[list[int], list[int]]:
+        """Where what each of the ranges `target` needs begins and ends."""
+        needed = [self.needed(*part, size) for part in target]
+        return [start for start, _ in needed], [stop for _, stop in needed]
+
     def elements(self, source: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]], size: int) -> int:
         """How many elements of the dim travel between ranks that hold the ranges `source` and make the ranges `target`."""
-        needed = [self.needs(*part) if self.wraps else within(*self.needs(*part), size) for part in target]
-        starts, stops = ([part[end] for part in needed] for end in (0, 1))
-        return exchanged([b - a for a, b in source], starts, stops)
-
+        return exchanged([b - a for a, b in source], *self.ends(target, size))
 
     def length(self, start: int, stop: int, size: int) -> int:
         """How many elements of the dim a rank has in the end that makes the range `[start, stop)` of the target."""
-        needed = self.needs(start, stop)
-        first, last = needed if self.wraps or self.fill is not None else within(*needed, size)
+        first, last = self.needs(start, stop) if self.fill is not None else self.needed(start, stop, size)
         return last - first
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Ranks that each have a range of the axis `queries` and of the axis `keys`, and pass what has keys round.
+
+    traffic(queries, keys, nbytes, grads): bytes a device sends forward and backward, and collectives of each, from the lengths
+        of all ranks' ranges, the bytes of the operands and the result that all these ranks hold together, and which operands
+        want a gradient.
+    """
+
+    queries: str
+    keys: str
+    traffic: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -193,11 +235,10 @@ class Local:
         cuts = sorted((cut for cut in self.cuts if cut[0] in places), key=lambda cut: -cut[1].unit)
         for axis, site in cuts:
             n = places[axis]
-            start, length = shard_range(site.lead, site.ranks, site.rank)
             seen = [shape[n] // (site.lead * site.unit), site.lead, site.unit]
             x = emit(torch.ops.aten.reshape.default, x, [*shape[:n], *seen, *shape[n + 1 :]])
-            x = emit(torch.ops.aten.slice.Tensor, x, n + 1, start, start + length)
-            shape[n] = seen[0] * length * seen[2]
+            x = emit(torch.ops.aten.slice.Tensor, x, n + 1, site.start, site.start + site.length)
+            shape[n] = seen[0] * site.length * seen[2]
         merged = [math.prod(shape[places[axis]] for axis in dim) for dim in dims]
         return emit(torch.ops.aten.reshape.default, x, merged)
 
@@ -215,15 +256,13 @@ class Local:
         size, held = self.whole_sizes.get(window.source, 1), self.sites.get(window.source)
         start, stop = window.needs(*self.range(window.target))
         if held is not None:
-            needed = [window.needs(*part) for part in self.sites[window.target].ranges]
-            needed = needed if window.wraps else [within(*part, size) for part in needed]
-            starts, stops = ([part[end] for part in needed] for end in (0, 1))
+            starts, stops = window.ends(self.sites[window.target].ranges, size)
             lengths = [b - a for a, b in held.ranges]
             x = emit(
                 torch.ops.dsp.halo.default, x, window.dim, lengths, starts, stops, held.ranks, held.rank, held.group
             )
         else:
-            parts = wrapped(start, stop, size) if window.wraps else [within(start, stop, size)]
+            parts = wrapped(start, stop, size) if window.wraps else [window.needed(*self.range(window.target), size)]
             taken = [emit(torch.ops.aten.slice.Tensor, x, window.dim, *part) for part in parts]
             x = taken[0] if len(taken) == 1 else emit(torch.ops.aten.cat.default, taken, window.dim)
         before, after = max(min(0, stop) - start, 0), max(stop - max(size, start), 0)
@@ -261,6 +300,8 @@ class OpRule:
     # Axes that are cut together, each into ranges; an axis may stand in several groups.
     ranges: tuple[tuple[str, ...], ...] = ()
     windows: tuple[Window, ...] = ()
+    # Groups of axes that are cut together only to pass blocks of operands round the ranks; an axis of one may be whole else.
+    rings: tuple[Ring, ...] = ()
     # What ranks sum inside the op, in order, where they share one of these axes; results without it are the same on all.
     combines: Mapping[str, tuple[Statistic, ...]] = field(default_factory=dict)
     # The result is the operand, dim sizes and order aside: it costs nothing and has no layout of its own.
@@ -289,6 +330,19 @@ class OpRule:
         """Axes that may only be cut into ranges."""
         return frozenset(axis for group in self.ranges for axis in group)
 
+    @property
+    def communicates(self) -> bool:
+        """Whether ranks may talk to each other while the op runs."""
+        return bool(self.windows or self.combines or self.rings)
+
+    def cut_into_ranges(self, group: Collection[str]) -> bool:
+        """Whether a group of axes (see `cuts`) may only be cut into ranges."""
+        return not self.in_ranges.isdisjoint(group) or self.ring(group) is not None
+
+    def ring(self, axes: Collection[str]) -> Ring | None:
+        """The ring that cutting the axes together makes."""
+        return next((ring for ring in self.rings if set(axes) == {ring.queries, ring.keys}), None)
+
     @cached_property
     def computes_over(self) -> frozenset[str]:
         """Axes along which elements meet in one result."""
@@ -309,7 +363,8 @@ class OpRule:
 
     def cuts(self) -> list[tuple[str, ...]]:
         """The groups of axes that a mesh dim may cut together: one axis alone, or one of `ranges`."""
-        return [(axis,) for axis in self.sizes if self.can_shard(axis)] + list(self.ranges)
+        alone = [(axis,) for axis in self.sizes if self.can_shard(axis)]
+        return alone + list(self.ranges) + [(ring.queries, ring.keys) for ring in self.rings]
 
     def drawn_serially(self) -> OpRule:
         """The rule where random numbers are those of one device."""
@@ -347,6 +402,7 @@ class OpRule:
             notes.append("ranges: " + ", ".join(map(" ".join, self.ranges)))
         if self.combines:
             notes.append("combines: " + " ".join(sorted(self.combines)))
+        notes += [f"ring: {ring.queries} {ring.keys}" for ring in self.rings]
         return "; ".join([text, *notes])
 
 
@@ -398,6 +454,7 @@ def from_notation(
     reduces: Iterable[str] = (),
     ranges: Iterable[tuple[str, ...]] = (),
     combines: Mapping[str, tuple[Statistic, ...]] | None = None,
+    rings: Iterable[Ring] = (),
     sizes: Mapping[str, int] | None = None,
     **flags: Any,
 ) -> OpRule:
@@ -460,6 +517,7 @@ def from_notation(
         reduces=frozenset(reduces) & axes.keys(),
         ranges=whole_groups,
         combines={axis: statistics for axis, statistics in (combines or {}).items() if axis in axes},
+        rings=tuple(ring for ring in rings if axes.keys() >= {ring.queries, ring.keys}),
         **flags,
     )
 

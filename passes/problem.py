@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from dsp_auto.cost_models.communication import FREE, Cost, halo_cost, primitive_cost
+from dsp_auto.cost_models.communication import FREE, Cost, halo_cost, primitive_cost, ring_cost
 from dsp_auto.cost_models.hardware import Hardware
 from dsp_auto.errors import StrategyError
 
 from .capture import Program
 from .checkpointing import region
 from .enumerate_strategies import Strategy
-from .factorize import ValueId
-from .layout import Layout, Replicate, Shard, Step, steps
+from .factors import Cut, Op, Value
+from .layout import Layout, R, Replicate, Shard, Step, cutters, ways
 from .lifetimes import Internal, Made, Point, Term, Used, lifetimes
-from .notation import Site
+from .nodes import ValueId
+from .notation import Ring, Site
 from .stages import Stage, StageGraph, Use, strip
 
 OBJECTIVES = ("volume", "time")
+# Of ways of equal cost the one of fewest collectives is taken: each weighs this share of the tensor, or of a second.
+TIE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,18 @@ class Resharding:
     steps: tuple[Step, ...]
     costs: tuple[Cost, ...]
 
-    @property
+    @cached_property
     def cost(self) -> Cost:
         return sum(self.costs, FREE)
 
 
 @dataclass(frozen=True)
 class Inside:
-    """What an op communicates by itself on one mesh dim: borders (`halo` of one operand) or statistics (`reduce`)."""
+    """What an op communicates by itself over some mesh dims: borders (`halo` of one operand), statistics (`reduce`), or keys
+    and values (`ring`)."""
 
     primitive: str
-    mesh_dim: int
+    mesh_dims: tuple[int, ...]
     operand: int | None
     cost: Cost
 
@@ -79,6 +85,8 @@ class Problem:
         } - {None}
         self.compute_seconds = compute_seconds or (lambda stage, strategy: 0.0)
         self._reshardings: dict[tuple, Resharding | None] = {}
+        self._ways: dict[tuple, dict[Layout, tuple[Step, ...]]] = {}
+        self._costs: dict[tuple, Cost] = {}
         self._inside: dict[tuple[int, int], tuple[Inside, ...]] = {}
         self._bytes: dict[tuple, int] = {}
 
@@ -93,34 +101,79 @@ class Problem:
         """How `storage` gets from `source` to `target`, None where no primitives lead there. `grad`: a gradient returns."""
         key = (storage, source, target, grad)
         if key not in self._reshardings:
-            way = steps(source, target)
+            way = self._way(storage, source, target)
             costs = () if way is None else tuple(self._step_cost(storage, step, grad) for step in way)
             self._reshardings[key] = None if way is None else Resharding(storage, source, target, grad, way, costs)
         return self._reshardings[key]
 
+    def _way(self, storage: ValueId, source: Layout, target: Layout) -> tuple[Step, ...] | None:
+        """The cheapest steps; of ways that cost the same that of fewest collectives. Two storages of like sizes go alike."""
+        root = self.graph.storages[storage].root
+        placements = frozenset(source) | frozenset(target) | {R}
+        key = (self._sizes(root), root.requires_grad, placements, source)
+        if key not in self._ways:
+            least = root.nbytes * TIE if self.objective == "volume" else TIE
+
+            def cost(step: Step) -> float:
+                return self.weight(self._step_cost(storage, step, root.requires_grad)) + least
+
+            self._ways[key] = ways(source, sorted(placements, key=repr), cost)
+        return self._ways[key].get(target)
+
+    def _sizes(self, root: Value) -> tuple:
+        return root.itemsize, tuple(self.graph.factors.sizes[factor] for factor in root.factors)
+
     def _step_cost(self, storage: ValueId, step: Step, grad: bool) -> Cost:
-        graph = self.graph
-        root = graph.storages[storage].root
-        nbytes = self._shared_out(root.nbytes, step.before, step.mesh_dim)
-        ends = [step.source, step.target]
-        sizes = tuple(graph.factors.sizes[root.factors[p.place]] if isinstance(p, Shard) else 0 for p in ends)
-        partial_grad = any(isinstance(p, Replicate) and p.partial_grad for p in ends)
-        return primitive_cost(
-            step.primitive,
-            nbytes,
-            graph.mesh.sizes[step.mesh_dim],
-            sizes=sizes,
-            grad=grad,
-            partial_grad=partial_grad,
-            hardware=self.hardware,
-            mesh_dim=graph.mesh.names[step.mesh_dim],
-        )
+        root = self.graph.storages[storage].root
+        key = (self._sizes(root), step, grad)
+        if key not in self._costs:
+            ends = (step.source, step.target)
+            self._costs[key] = primitive_cost(
+                step.primitive,
+                self._shared_out(root.nbytes, step.before, step.mesh_dims),
+                math.prod(self.graph.mesh.sizes[m] for m in step.mesh_dims),
+                leaves=self._leaves(root, step) if step.primitive == "switch" else None,
+                grad=grad,
+                partial_grad=any(isinstance(p, Replicate) and p.partial_grad for p in ends),
+                **self._on(step.mesh_dims),
+            )
+        return self._costs[key]
+
+    def _on(self, mesh_dims: Sequence[int]) -> dict[str, Any]:
+        """Where something is communicated, for the cost model."""
+        mesh = self.graph.mesh
+        return {"hardware": self.hardware, "dims": tuple((mesh.names[m], mesh.sizes[m]) for m in mesh_dims)}
+
+    def _leaves(self, root: Value, step: Step) -> float:
+        """The share of what a device holds that leaves it in a `switch`, the mean over all devices: what it holds of the one
+        factor, less what it keeps of the other."""
+        mesh, graph = self.graph.mesh, self.graph
+        source, target = (root.factors[p.place] for p in (step.source, step.target))
+        before, after = cutters(step.before, step.source.place), cutters(step.after, step.target.place)
+        sizes = graph.factors.sizes
+        ranks = math.prod(mesh.sizes[m] for m in step.mesh_dims)
+        cut = [math.prod(mesh.sizes[m] for m in dims) for dims in (before, after)]
+        if sizes[source] % cut[0] == 0 or sizes[target] % cut[1] == 0:
+            return (ranks - 1) / ranks
+        held, kept = graph.lengths(source, before), graph.lengths(target, after)
+        outer = tuple(m for m in after if m not in step.mesh_dims)
+        there = graph.lengths(target, outer)
+        sent, dims = 0, sorted({*before, *after})
+        for own in itertools.product(*(range(mesh.sizes[m]) for m in dims)):
+            at = dict(zip(dims, own))
+            coordinate = [at.get(m, 0) for m in range(len(mesh.sizes))]
+            mine = held[graph.line(before, coordinate)]
+            sent += mine * (there[graph.line(outer, coordinate)] - kept[graph.line(after, coordinate)])
+        # In the mean a device holds an even share of both.
+        devices = math.prod(mesh.sizes[m] for m in dims)
+        even = sizes[source] / cut[0] * sizes[target] / math.prod(mesh.sizes[m] for m in outer)
+        return sent / devices / even
 
     def inside(self, stage: int, strategy: int) -> tuple[Inside, ...]:
         """What a stage's op communicates while it runs one of its strategies."""
         entry = self.graph.stages[stage]
         rule = entry.op.rule if entry.op is not None else None
-        if rule is None or not (rule.windows or rule.combines):
+        if rule is None or not rule.communicates:
             return ()
         key = (stage, strategy)
         if key not in self._inside:
@@ -128,43 +181,64 @@ class Problem:
         return self._inside[key]
 
     def _inside_of(self, entry: Stage, strategy: Strategy) -> Iterator[Inside]:
-        mesh, values, sizes = self.graph.mesh, self.graph.factors.values, self.graph.factors.sizes
+        values = self.graph.factors.values
         op, rule = entry.op, entry.op.rule
         flows = any(values[result].requires_grad for result in op.results)
-        on = [{"hardware": self.hardware, "mesh_dim": name} for name in mesh.names]
         # An operand that windows have widened on one dim is wider for those on the next.
         grown: dict[tuple[int, int], float] = {}
-        for window, (m, cut) in itertools.product(rule.windows, enumerate(strategy.cuts)):
-            ranks, axes, size = mesh.sizes[m], dict(cut), rule.sizes.get(window.source, 1)
+        for window, (cut, mesh_dims) in itertools.product(rule.windows, strategy.together.items()):
+            axes, size = dict(cut), rule.sizes.get(window.source, 1)
             if window.source not in axes or window.target not in axes:
                 continue
-            source, target = (
-                Site(ranks, 0, "", sizes[op.axes[axis][0]], rule.sizes[axis] // sizes[op.axes[axis][0]]).ranges
-                for axis in (window.source, window.target)
-            )
+            source, target = (self.site(op, (axis, 0), mesh_dims).ranges for axis in (window.source, window.target))
             value = values[op.operands[window.operand]]
-            nbytes = self._shared_out(value.nbytes, strategy.operands[window.operand], m)
+            nbytes = self._shared_out(value.nbytes, strategy.operands[window.operand], mesh_dims)
             for (operand, dim), share in grown.items():
                 nbytes *= share if operand == window.operand and dim != window.dim else 1.0
-            sent = nbytes * window.elements(source, target, size) / size / ranks
+            sent = nbytes * window.elements(source, target, size) / size / len(source)
             grown[window.operand, window.dim] = sum(window.length(*part, size) for part in target) / size
-            cost = halo_cost(sent, ranks, grad=flows and value.requires_grad, **on[m])
+            cost = halo_cost(sent, grad=flows and value.requires_grad, **self._on(mesh_dims))
             if cost != FREE:
-                yield Inside("halo", m, window.operand, cost)
-        for m, cut in enumerate(strategy.cuts):
+                yield Inside("halo", mesh_dims, window.operand, cost)
+        for cut, mesh_dims in strategy.together.items():
             for statistic in (s for axis, _ in cut for s in rule.combines.get(axis, ())):
                 nbytes = math.prod(rule.sizes.get(axis, 1) for axis in statistic.axes) * statistic.dtype.itemsize
-                for other, cut_too in enumerate(strategy.cuts):
-                    if other != m and any(axis in statistic.axes for axis, _ in cut_too):
-                        nbytes /= mesh.sizes[other]
+                for other, own in strategy.together.items():
+                    if other != cut and any(axis in statistic.axes for axis, _ in other):
+                        nbytes /= math.prod(self.graph.mesh.sizes[m] for m in own)
                 grad = statistic.dtype.is_floating_point and flows and values[op.operands[0]].requires_grad
                 partial = not statistic.is_result
-                cost = primitive_cost("reduce", nbytes, mesh.sizes[m], grad=grad, partial_grad=partial, **on[m])
-                yield Inside("reduce", m, None, cost)
+                ranks = math.prod(self.graph.mesh.sizes[m] for m in mesh_dims)
+                cost = primitive_cost("reduce", nbytes, ranks, grad=grad, partial_grad=partial, **self._on(mesh_dims))
+                yield Inside("reduce", mesh_dims, None, cost)
+            ring = rule.ring([axis for axis, _ in cut])
+            if ring is not None:
+                yield Inside("ring", mesh_dims, None, self._ring_cost(op, strategy, ring, cut, mesh_dims, flows))
 
-    def _shared_out(self, nbytes: float, layout: Layout, but: int) -> float:
+    def _ring_cost(
+        self, op: Op, strategy: Strategy, ring: Ring, cut: Sequence[Cut], mesh_dims: Sequence[int], flows: bool
+    ) -> Cost:
+        """Of keys and values that go round: `ring.traffic` on what one device has of the operands and the result."""
+        values = self.graph.factors.values
+        queries, keys = (self.site(op, (axis, 0), mesh_dims) for axis in (ring.queries, ring.keys))
+        held = [values[v].nbytes for v in (*op.operands, *op.results)]
+        layouts = (*strategy.operands, *strategy.results)
+        held = [self._shared_out(nbytes, layout, mesh_dims) for nbytes, layout in zip(held, layouts, strict=True)]
+        grads = tuple(flows and values[operand].requires_grad for operand in op.operands)
+        traffic = ring.traffic([b - a for a, b in queries.ranges], [b - a for a, b in keys.ranges], held, grads)
+        return ring_cost(*traffic, **self._on(mesh_dims))
+
+    def site(self, op: Op, cut: Cut, mesh_dims: Sequence[int], rank: int = 0, group: str = "") -> Site:
+        """Where mesh dims cut one factor of one axis of an op."""
+        axis, index = cut
+        factors = op.axes[axis]
+        unit = math.prod(self.graph.factors.sizes[minor] for minor in factors[index + 1 :])
+        return Site(self.graph.lengths(factors[index], mesh_dims), rank, group, unit)
+
+    def _shared_out(self, nbytes: float, layout: Layout, but: Collection[int] = ()) -> float:
+        """What a device has in the mean, were it not cut over the mesh dims `but`."""
         for m, placement in enumerate(layout):
-            if m != but and isinstance(placement, Shard):
+            if m not in but and isinstance(placement, Shard):
                 nbytes /= self.graph.mesh.sizes[m]
         return nbytes
 
@@ -183,10 +257,7 @@ class Problem:
         return self._bytes[key]
 
     def internal_bytes(self, term: Internal, strategy: int) -> int:
-        shards = 1
-        for factor, ranks in zip(self.graph.stages[term.stage].strategies[strategy].factors, self.graph.mesh.sizes):
-            shards *= ranks if factor is not None else 1
-        return -(-term.nbytes // shards)
+        return -(-term.nbytes // self.graph.shards(term.stage, strategy))
 
     def made(self, storage: ValueId, choice: Sequence[int]) -> Layout:
         entry = self.graph.storages[storage]
@@ -207,6 +278,13 @@ class Problem:
                     return None
                 found[storage, target] = resharding
         return list(found.values())
+
+    def lines(self, choice: Sequence[int]) -> list[tuple[int, ...]]:
+        """The sets of mesh dims that something is communicated over, in order."""
+        found = {step.mesh_dims for resharding in self.reshardings(choice) for step in resharding.steps}
+        for stage in self.graph.stages:
+            found |= {inside.mesh_dims for inside in self.inside(stage.index, choice[stage.index])}
+        return sorted(found)
 
     def cost(self, choice: Sequence[int]) -> float | None:
         """The objective of a choice, None where it is impossible."""

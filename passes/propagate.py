@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import CaptureError
 
+from .nodes import module_path
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -28,18 +30,6 @@ class Saved:
 
     values: tuple[tuple[str, int], ...] = ()
     internal_bytes: int = 0
-
-
-def node_values(node: fx.Node) -> tuple[Any, ...]:
-    """The fake values that a node produces, one per result."""
-    value = node.meta.get("val")
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def module_path(node: fx.Node) -> str:
-    """Where in the user's model the op stands: `blocks.3.attn`, empty for the root."""
-    stack = node.meta.get("nn_module_stack")
-    return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else ""
 
 
 def propagate(module: fx.GraphModule, grads: Sequence[bool]) -> tuple[bool, dict[str, Saved], list[Any]]:

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 import dsp_auto.primitives  # noqa: F401  registers torch.ops.dsp
 from dsp_auto import simulate
 from dsp_auto.errors import ProofError
-from dsp_auto.shards import shard_range
+from dsp_auto.shards import shard_range, shard_sizes
 
 from .notation import Dim, Local, OpCall, OpRule, Site
 from .rules import find_rule
@@ -185,7 +185,7 @@ def difference(example: Example, rule: OpRule, *cuts: Cut) -> str | None:
             return f"on rank {rank} other results have a gradient than in the whole call"
         return [result.detach() for result in own], _backward(own, cotangents, leaves[at])
 
-    if rule.windows or rule.combines:
+    if rule.communicates:
         found = simulate.run(len(grid), on_rank)
     else:
         found = [on_rank(rank) for rank in range(len(grid))]
@@ -244,7 +244,8 @@ class _Shard:
             sizes |= own.sizes_on(rank)
             for axis, (_, lead, unit) in own.cut.seen.items():
                 starts[axis] = starts.get(axis, 0) + shard_range(lead, own.cut.ranks, rank)[0]
-                sites.append((axis, Site(own.cut.ranks, rank, f"{mesh_dim} of {others}", lead, unit)))
+                lengths = tuple(shard_sizes(lead, own.cut.ranks))
+                sites.append((axis, Site(lengths, rank, f"{mesh_dim} of {others}", unit)))
         return rule.on_rank(sizes, starts, sites)
 
     def part(self, tensor: torch.Tensor, dims: Sequence[Dim]) -> torch.Tensor:
@@ -340,7 +341,7 @@ def _ways_to_see(rule: OpRule, group: tuple[str, ...], ranks: int) -> Iterator[d
     }
     if set(divisors.values()) == {1}:
         return
-    in_ranges = group[0] in rule.in_ranges
+    in_ranges = rule.cut_into_ranges(group)
     yield {
         axis: (1, size // divisors[axis], divisors[axis]) if in_ranges else (divisors[axis], size // divisors[axis], 1)
         for axis, size in sizes.items()

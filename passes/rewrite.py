@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsp_auto.primitives  # noqa: F401  registers torch.ops.dsp
 from dsp_auto.randomness import on_shard
-from dsp_auto.shards import shard_range
+from dsp_auto.shards import shard_sizes
 
 from .buckets import Bucket
 from .capture import Program
 from .checkpointing import region
-from .factorize import Cut, Op, ValueId, is_tensor, value_id
-from .layout import Layout, Replicate, Shard, Step
-from .notation import Emit, Local, Site
+from .factors import Cut, Op
+from .layout import Layout, Replicate, Shard, Step, cutters
+from .nodes import ValueId, is_tensor, value_id
+from .notation import Emit, Local
 from .problem import Problem
 from .stages import Stage, StageGraph, Use
 
@@ -40,11 +41,11 @@ def rewrite(
     choice: Sequence[int],
     buckets: Sequence[Bucket],
     coordinate: Sequence[int],
-    groups: Sequence[str],
+    groups: Mapping[tuple[int, ...], str],
 ) -> fx.Graph:
     """The local program of the rank at `coordinate` of the mesh; its `get_attr`s are those of `program.module`.
 
-    groups: c10d group name of every mesh dim; any string where the program is only looked at.
+    groups: c10d group name of this rank's line along each set of mesh dims that is communicated over (`Problem.lines`).
     Takes this rank's inputs in the order of `program.inputs` and returns what `program` returns, in local layouts.
     """
     return _Writer(program, problem, choice, buckets, coordinate, groups).write()
@@ -140,7 +141,7 @@ class _Writer:
             result = self.emit(op.node.target, *args, **kwargs)
         else:
             emit = self._drawing(strategy.cuts) if op.rule.is_random else self.emit
-            result = op.rule.call(emit, op.node.target, args, kwargs, self._here(op, strategy.cuts))
+            result = op.rule.call(emit, op.node.target, args, kwargs, self._here(op, strategy.together))
         if not op.results:
             self.numbers[op.name] = result
             return
@@ -163,10 +164,8 @@ class _Writer:
 
     def _drawing(self, cuts: Sequence[Sequence[Cut]]) -> Emit:
         """`emit` for an op that draws random numbers: each of its shards other ones, unless all draw what one device would."""
-        shard, shards = 0, 1
-        for m, cut in enumerate(cuts):
-            if cut:
-                shard, shards = shard * self.graph.mesh.sizes[m] + self.coordinate[m], shards * self.graph.mesh.sizes[m]
+        mesh_dims = [m for m, cut in enumerate(cuts) if cut]
+        shard, shards = self.graph.line(mesh_dims, self.coordinate), self._ranks(mesh_dims)
         if shards == 1 or self.factors.rng == "serial":
             return self.emit
 
@@ -177,20 +176,25 @@ class _Writer:
 
         return emit
 
-    def _here(self, op: Op, cuts: Sequence[Sequence[Cut]]) -> Local:
-        """This rank's part of an op of which every mesh dim cuts the given factors of axes."""
+    def _here(self, op: Op, together: Mapping[tuple[Cut, ...], tuple[int, ...]]) -> Local:
+        """This rank's part of an op of which mesh dims cut the given factors of axes."""
         sizes, starts, placed = dict(op.rule.sizes), {}, []
-        for m, cut in enumerate(cuts):
-            for axis, index in cut:
-                factor = self.factors.sizes[op.axes[axis][index]]
-                ranks, rank = self.graph.mesh.sizes[m], self.coordinate[m]
-                start, length = shard_range(factor, ranks, rank)
-                unit = math.prod(self.factors.sizes[minor] for minor in op.axes[axis][index + 1 :])
-                site = Site(ranks, rank, self.groups[m], factor, unit)
-                sizes[axis] = sizes[axis] // factor * length
-                starts[axis] = starts.get(axis, 0) + start
+        for cut, mesh_dims in together.items():
+            rank, group = self.graph.line(mesh_dims, self.coordinate), self.groups.get(mesh_dims, "")
+            for own in cut:
+                site = self.problem.site(op, own, mesh_dims, rank, group)
+                axis = own[0]
+                sizes[axis] = sizes[axis] // site.lead * site.length
+                starts[axis] = starts.get(axis, 0) + site.start
                 placed.append((axis, site))
         return op.rule.on_rank(sizes, starts, placed)
+
+    def _ranks(self, mesh_dims: Sequence[int]) -> int:
+        return math.prod(self.graph.mesh.sizes[m] for m in mesh_dims)
+
+    def _where(self, mesh_dims: tuple[int, ...]) -> tuple[int, int, str]:
+        """How many ranks some mesh dims have together, which this one is, and their group."""
+        return self._ranks(mesh_dims), self.graph.line(mesh_dims, self.coordinate), self.groups.get(mesh_dims, "")
 
     def _output(self, node: fx.Node) -> None:
         stage = self.graph.stages[-1]
@@ -214,19 +218,18 @@ class _Writer:
         """This rank's shape of a value; `layout` names places of the value's storage."""
         places = self.graph.views[value][1]
         entry = self.factors.values[value]
-        sharded = {p.place: m for m, p in enumerate(layout) if isinstance(p, Shard)}
         shape, place = [], 0
         for dim in entry.dims:
             size = 1
             for factor in dim:
-                m = sharded.get(places[place])
-                size *= self._length(factor, m) if m is not None else self.factors.sizes[factor]
+                size *= self._length(factor, cutters(layout, places[place]))
                 place += 1
             shape.append(size)
         return tuple(shape)
 
-    def _length(self, factor: int, m: int) -> int:
-        return shard_range(self.factors.sizes[factor], self.graph.mesh.sizes[m], self.coordinate[m])[1]
+    def _length(self, factor: int, mesh_dims: tuple[int, ...]) -> int:
+        """This rank's share of a factor that mesh dims cut."""
+        return self.graph.lengths(factor, mesh_dims)[self.graph.line(mesh_dims, self.coordinate)]
 
     def operand(self, value: ValueId, use: Use) -> fx.Node:
         """`value` in the layout that `use` wants, resharded and viewed as needed."""
@@ -241,42 +244,47 @@ class _Writer:
 
     def _step(self, storage: ValueId, current: Layout, step: Step) -> None:
         if step.primitive == "replicate" and storage in self.in_bucket:
-            self._replicate_bucket(self.in_bucket[storage], step)
+            steps = next(steps for steps in self.in_bucket[storage].steps if step in steps)
+            self._replicate_bucket(self.in_bucket[storage].storages, steps)
         else:
             self.copies[storage, step.after] = self._primitive(storage, self.copies[storage, current], step)
 
-    def _replicate_bucket(self, bucket: Bucket, step: Step) -> None:
+    def _replicate_bucket(self, storages: Sequence[ValueId], steps: Sequence[Step]) -> None:
+        """One `replicate` of parameters that go the same way, each from a layout of its own."""
         meta, self.meta = self.meta, {}
-        nodes = [self.copies[storage, step.before] for storage in bucket.storages]
-        m = step.mesh_dim
-        arguments = (nodes, self.graph.mesh.sizes[m], self.coordinate[m], self.groups[m], self.losses_differ)
+        nodes = [self.copies[storage, step.before] for storage, step in zip(storages, steps, strict=True)]
+        arguments = (nodes, *self._where(steps[0].mesh_dims), self.losses_differ)
         result = self.out.call_function(dsp.replicate.default, arguments)
         result.meta["val"] = [node.meta["val"] for node in nodes]  # the identity
-        for number, storage in enumerate(bucket.storages):
+        for number, (storage, step) in enumerate(zip(storages, steps, strict=True)):
             new = self.out.call_function(operator.getitem, (result, number))
             new.meta["val"] = nodes[number].meta["val"]
             self.copies[storage, step.after] = new
         self.meta = meta
 
     def _primitive(self, storage: ValueId, node: fx.Node, step: Step) -> fx.Node:
-        m = step.mesh_dim
-        where = (self.graph.mesh.sizes[m], self.coordinate[m], self.groups[m])
+        where = self._where(step.mesh_dims)
         source, target = step.source, step.target
         split_dims, dim_of = self._unmerged(storage, [p.place for p in (source, target) if isinstance(p, Shard)])
         if split_dims is not None:
             node = self.emit(aten.reshape.default, node, self._shape(storage, split_dims, step.before))
         if step.primitive == "switch":
-            size = self._whole(storage, source)
-            new = self.emit(dsp.switch.default, node, dim_of[source.place], size, dim_of[target.place], *where)
+            size, after = self._sizes(storage, step, step.before), self._sizes(storage, step, step.after)
+            uneven = [after] if len(after) > 1 else []
+            new = self.emit(dsp.switch.default, node, dim_of[source.place], size, dim_of[target.place], *where, *uneven)
         elif step.primitive == "split":
-            new = self.emit(dsp.split.default, node, dim_of[target.place], *where, _partial(source))
+            size = self._sizes(storage, step, step.after)
+            uneven = [size] if len(size) > 1 else []
+            new = self.emit(dsp.split.default, node, dim_of[target.place], *where, _partial(source), *uneven)
         elif step.primitive == "gather":
-            size = self._whole(storage, source)
+            size = self._sizes(storage, step, step.before)
             new = self.emit(dsp.gather.default, node, dim_of[source.place], size, *where, _partial(target))
         elif step.primitive == "reduce":
             new = self.emit(dsp.reduce.default, node, *where, _partial(target))
         elif step.primitive == "reduce_scatter":
-            new = self.emit(dsp.reduce_scatter.default, node, dim_of[target.place], *where)
+            size = self._sizes(storage, step, step.after)
+            uneven = [size] if len(size) > 1 else []
+            new = self.emit(dsp.reduce_scatter.default, node, dim_of[target.place], *where, *uneven)
         else:
             values = self.emit(dsp.replicate.default, [node], *where, self.losses_differ)
             new = self.out.call_function(operator.getitem, (values, 0))
@@ -285,8 +293,16 @@ class _Writer:
             new = self.emit(aten.reshape.default, new, list(self.local_shape(storage, step.after)))
         return new
 
-    def _whole(self, storage: ValueId, placement: Shard) -> int:
-        return self.factors.sizes[self.graph.storages[storage].root.factors[placement.place]]
+    def _sizes(self, storage: ValueId, step: Step, layout: Layout) -> list[int]:
+        """How a step's mesh dims cut a dim in `layout`: its size where they cut as `torch.tensor_split` does, else the size of
+        every rank's shard."""
+        place = layout[step.mesh_dims[0]].place
+        factor, every = self.graph.storages[storage].root.factors[place], cutters(layout, place)
+        count, lengths = self._ranks(step.mesh_dims), self.graph.lengths(factor, every)
+        # The step's mesh dims are the innermost: their ranks stand side by side.
+        first = self.graph.line(every, self.coordinate) // count * count
+        own = list(lengths[first : first + count])
+        return [sum(own)] if own == shard_sizes(sum(own), count) else own
 
     def _unmerged(self, storage: ValueId, places: Sequence[int]):
         """Dims (as lists of places) with the sharded places' dims taken apart, None where none is merged; and the dim of
@@ -306,13 +322,7 @@ class _Writer:
     def _shape(self, storage: ValueId, dims: Sequence[Sequence[int]], layout: Layout) -> list[int]:
         """This rank's shape of a storage whose dims are the given lists of places."""
         factors = self.graph.storages[storage].root.factors
-        sharded = {p.place: m for m, p in enumerate(layout) if isinstance(p, Shard)}
-        return [
-            math.prod(
-                self._length(factors[p], sharded[p]) if p in sharded else self.factors.sizes[factors[p]] for p in dim
-            )
-            for dim in dims
-        ]
+        return [math.prod(self._length(factors[p], cutters(layout, p)) for p in dim) for dim in dims]
 
     def _view(self, value: ValueId, layout: Layout) -> fx.Node:
         """`value`, a view of a storage, taken from the storage's copy in `layout`."""
@@ -329,7 +339,7 @@ class _Writer:
             args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: operand)
             places = self.graph.views[value][1]
             keys = {places[place]: key for key, place in op.places(op.rule.outputs[0], self.factors.values[value]).items()}
-            cuts = [(keys[p.place],) if isinstance(p, Shard) else () for p in layout]
+            cuts = {(keys[p.place],): cutters(layout, p.place) for p in layout if isinstance(p, Shard)}
             new = op.rule.call(self.emit, op.node.target, args, kwargs, self._here(op, cuts))
             self.viewed[value, layout] = new
             self.meta = meta

@@ -42,6 +42,7 @@ class Solution:
     peak_bytes: int
     capacity_bytes: int
     folded: bool
+    space: int = 0  # which of the spaces that were solved for it is a plan of
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -9,19 +9,22 @@ stages that ended on one layout, which is what a person calls a stage.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from dsp_auto.mesh import Mesh
-from dsp_auto.shards import shard_sizes
+from dsp_auto.shards import nested_sizes
 
 from .capture import Program
 from .enumerate_strategies import Strategy, enumerate_strategies, without_gradient
-from .factorize import Factors, Op, Value, ValueId, value_id
-from .layout import Layout, R, Shard
+from .factors import Factors, Op, Value
+from .layout import Layout, R, Shard, cutters
+from .nodes import ValueId, value_id
+from .presets import Space
 
 # Without a capacity, the share of all bytes that may be made on every device where it could be sharded: a text prompt, a
 # timestep. It is that of the smallest tensors, taken together.
@@ -97,27 +100,44 @@ class StageGraph:
         """Bytes of the storage on the rank that holds most of it."""
         root = self.storages[storage].root
         sizes = [self.factors.sizes[factor] for factor in root.factors]
-        for placement, ranks in zip(layout, self.mesh.sizes, strict=True):
-            if isinstance(placement, Shard):
-                sizes[placement.place] = shard_sizes(sizes[placement.place], ranks)[0]
+        for place in {placement.place for placement in layout if isinstance(placement, Shard)}:
+            sizes[place] = self.lengths(root.factors[place], cutters(layout, place))[0]
         return math.prod(sizes) * root.itemsize
+
+    def lengths(self, factor: int, mesh_dims: Sequence[int]) -> tuple[int, ...]:
+        """How much of a factor each rank of the mesh dims has that cut it; ranks count row-major."""
+        return nested_sizes(self.factors.sizes[factor], tuple(self.mesh.sizes[m] for m in mesh_dims))
+
+    def shards(self, stage: int, strategy: int) -> int:
+        """Among how many ranks a strategy shares out a stage's work."""
+        cuts = self.stages[stage].strategies[strategy].cuts
+        return math.prod(ranks for cut, ranks in zip(cuts, self.mesh.sizes, strict=True) if cut)
+
+    def line(self, mesh_dims: Sequence[int], coordinate: Sequence[int]) -> int:
+        """Which of the ranks of some mesh dims together the one at `coordinate` is."""
+        rank = 0
+        for m in mesh_dims:
+            rank = rank * self.mesh.sizes[m] + coordinate[m]
+        return rank
 
 
 def make_stages(
     program: Program,
     factors: Factors,
-    mesh: Mesh,
-    shardable: tuple[frozenset[int], ...],
+    space: Space,
     in_layouts: Mapping[str, Layout] | None = None,
     out_layouts: Mapping[int, Layout] | None = None,
     may_stay_whole: float | None = None,
+    held: Mapping[str, Layout] | None = None,
 ) -> StageGraph:
     """The stage graph of a program.
 
     in_layouts: placeholder name -> layout in which the input arrives; out_layouts: index among the graph's outputs ->
     layout in which it leaves. Replicate where nothing is said. may_stay_whole: of the stages that can be sharded
     only those with the smallest results, which together make this share of all bytes, may run replicated; None: any.
+    held: parameter name -> layout in which ranks hold it, where that is settled; those that it does not name are whole.
     """
+    mesh = space.mesh
     replicated = (R,) * len(mesh.sizes)
     nothing, uncut = (None,) * len(mesh.sizes), ((),) * len(mesh.sizes)
     stages: list[Stage] = []
@@ -137,11 +157,16 @@ def make_stages(
         if value not in factors.values:
             continue
         kind = "input" if entry is not None and entry.kind == "input" else "parameter"
-        layout = (in_layouts or {}).get(node.name, replicated)
+        layouts = [(in_layouts or {}).get(node.name, replicated)]
+        if entry is not None and entry.kind == "parameter":
+            if held is not None:
+                layouts = [held.get(entry.name, replicated)]
+            elif space.held:
+                layouts += _in_parts(factors.values[value], factors, space)
         index = len(stages)
-        strategy = Strategy(nothing, uncut, (), (layout,))
+        strategies = tuple(Strategy(nothing, uncut, (), (layout,)) for layout in layouts)
         name = entry.name if entry is not None else str(node.target)
-        stages.append(Stage(index, INPUT, name, None, (strategy,), (value,), ((layout,),), ()))
+        stages.append(Stage(index, INPUT, name, None, strategies, (value,), tuple((x,) for x in layouts), ()))
         add_storage(value, index, 0, kind)
 
     def translated(layout: Layout, value: ValueId) -> Layout:
@@ -149,7 +174,7 @@ def make_stages(
         return tuple(Shard(places[p.place]) if isinstance(p, Shard) else p for p in layout)
 
     known: dict[object, tuple[Strategy, ...]] = {}
-    limit = math.inf if may_stay_whole is None else _small(factors, shardable, may_stay_whole)
+    limit = math.inf if may_stay_whole is None else _small(factors, space, may_stay_whole)
     for op in factors.ops:
         if op.is_view:
             storage, places = views[op.operands[0]]
@@ -161,11 +186,10 @@ def make_stages(
             views[op.results[0]] = (storage, tuple(own))
             continue
         is_large = any(factors.values[result].nbytes > limit for result in op.results)
-        key = (is_large, _key(op, factors, shardable))
+        key = (is_large, _key(op, factors, space))
         if key not in known:
-            found = enumerate_strategies(op, factors, shardable)
-            sharded = tuple(strategy for strategy in found if any(f is not None for f in strategy.factors))
-            known[key] = sharded if is_large and sharded else found
+            found = enumerate_strategies(op, factors, space)
+            known[key] = _most_sharded(found) if is_large else found
         strategies = known[key]
         index = len(stages)
         for number, result in enumerate(op.results):
@@ -199,16 +223,33 @@ def make_stages(
     return StageGraph(mesh, factors, tuple(stages), storages, views, program.training)
 
 
-def _small(factors: Factors, shardable: tuple[frozenset[int], ...], share: float) -> float:
+def _most_sharded(strategies: Sequence[Strategy]) -> tuple[Strategy, ...]:
+    """Those that are cut over as many ranks as any."""
+    most = max(sum(bool(cut) for cut in strategy.cuts) for strategy in strategies)
+    return tuple(strategy for strategy in strategies if sum(bool(cut) for cut in strategy.cuts) == most)
+
+
+def _in_parts(parameter: Value, factors: Factors, space: Space) -> list[Layout]:
+    """The layouts in which ranks may hold equal parts of a parameter: along one of its hidden dims or heads."""
+    found = []
+    for place, factor in enumerate(parameter.factors):
+        choices = [(R, Shard(place)) if factor in own & factors.inner else (R,) for own in space.factors]
+        for layout in itertools.product(*choices):
+            ranks = math.prod(space.mesh.sizes[m] for m in cutters(layout, place))
+            if ranks > 1 and factors.sizes[factor] % ranks == 0 and parameter.factors.count(factor) == 1:
+                found.append(layout)
+    return found
+
+
+def _small(factors: Factors, space: Space, share: float) -> float:
     """The size up to which all results that could be sharded together make `share` of all bytes that ops make."""
-    anywhere = frozenset().union(*shardable)
     sizes, total = Counter(), 0
     for op in factors.ops:
         if op.is_view:
             continue
         own = [factors.values[result].nbytes for result in op.results]
         total += sum(own)
-        if any(anywhere.issuperset(op.factors(cut)) for cut in op.cuts):
+        if any(space.anywhere.issuperset(op.factors(cut)) for cut in op.cuts):
             sizes.update({max(own, default=0): sum(own)})
     limit, together = 0, 0
     for size, nbytes in sorted(sizes.items()):
@@ -219,14 +260,13 @@ def _small(factors: Factors, shardable: tuple[frozenset[int], ...], share: float
     return limit
 
 
-def _key(op: Op, factors: Factors, shardable: tuple[frozenset[int], ...]) -> tuple:
+def _key(op: Op, factors: Factors, space: Space) -> tuple:
     """Ops with equal keys have equal strategies: the same rule over the same shardable factors."""
-    anywhere = frozenset().union(*shardable)
     return (
         id(op.rule),
-        tuple((axis, tuple(f if f in anywhere else None for f in own)) for axis, own in op.axes.items()),
+        tuple((axis, tuple(f if f in space.anywhere else None for f in own)) for axis, own in op.axes.items()),
         op.opaque,
-        tuple(factors.values[operand].requires_grad for operand in op.operands),
+        tuple((factors.values[operand].requires_grad, operand[0] in factors.weights) for operand in op.operands),
         tuple(factors.values[result].requires_grad for result in op.results),
     )
 

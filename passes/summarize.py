@@ -16,13 +16,16 @@ from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
 from .checkpointing import region
-from .factorize import node_call
 from .layout import R, Step, show_placement
+from .nodes import node_call
 from .notation import OpRule
 from .problem import Problem, Resharding
 from .rules import WRITTEN, origin, why_none
 from .solve import Solution
 from .stages import OP, OUTPUT, Stage
+
+# An op that makes more than this share of all activation bytes on every device is worth a word.
+LARGE = 0.01
 
 
 def summarize(
@@ -56,7 +59,8 @@ def summarize(
             )
         )
     return Plan(
-        mesh=dict(zip(mesh.names, mesh.sizes)),
+        mesh=mesh.whole,
+        split=dict(zip(mesh.names, mesh.sizes)) if mesh.names != mesh.part_of else {},
         objective=problem.objective,
         strategy=strategy,
         stages=tuple(stages),
@@ -151,10 +155,6 @@ def _activations(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
     return {"bytes": total, "replicated_bytes": replicated, "large_replicated": found}
 
 
-# An op that makes more than this share of all activation bytes on every device is worth a word.
-LARGE = 0.01
-
-
 def _groups(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
     """Stages connected by uses that reshard nothing, on the same factors, with equally many reshardings before them: so a
     group never waits for what another makes of its own results."""
@@ -243,7 +243,7 @@ def _enter(problem: Problem, reshardings: Sequence[Resharding]) -> list[Enter]:
             entry = Enter(
                 step.primitive,
                 label,
-                graph.mesh.names[step.mesh_dim],
+                graph.mesh.label(step.mesh_dims),
                 show_placement(step.source, names),
                 show_placement(step.target, names),
                 _number(cost.forward_bytes),
@@ -266,8 +266,8 @@ def _inside(problem: Problem, choice: Sequence[int], group: Sequence[Stage]) -> 
     for stage in group:
         for inside in problem.inside(stage.index, choice[stage.index]):
             strategy = stage.strategies[choice[stage.index]]
-            name = graph.mesh.names[inside.mesh_dim]
-            factor = graph.factors.names[strategy.factors[inside.mesh_dim]]
+            name = graph.mesh.label(inside.mesh_dims)
+            factor = graph.factors.names[strategy.factors[inside.mesh_dims[0]]]
             both = (_number(inside.cost.forward_bytes), _number(inside.cost.backward_bytes))
             found.append(Enter(inside.primitive, stage.op.name, name, factor, factor, *both))
     return found
@@ -287,22 +287,22 @@ def _communication(
         entry["backward_bytes"] += cost.backward_bytes
 
     # Two ways of one tensor that begin alike go that far together.
-    shared: dict[tuple, tuple[Step, Cost, Callable[[Cost], Cost], bool]] = {}
+    shared: dict[tuple, tuple[Step, Cost, Stage, bool]] = {}
     for resharding in reshardings:
-        again = _again(problem, problem.graph.stages[min(_users(problem, choice, resharding))])
+        stage = problem.graph.stages[min(_users(problem, choice, resharding))]
         for step, cost in zip(resharding.steps, resharding.costs):
             key = (resharding.storage, step.before, step.after)
             if key not in shared or cost.backward_bytes > shared[key][1].backward_bytes:
-                shared[key] = (step, cost, again, resharding.storage in in_bucket)
-    for step, cost, again, is_bucketed in shared.values():
-        add(step.primitive, again(cost), 0 if is_bucketed else 1)
+                shared[key] = (step, cost, stage, resharding.storage in in_bucket)
+    for step, cost, stage, is_bucketed in shared.values():
+        add(step.primitive, _again(problem, stage, cost), 0 if is_bucketed else 1)
         paper += cost.paper_volume
     for stage in problem.graph.stages:
         for inside in problem.inside(stage.index, choice[stage.index]):
-            add(inside.primitive, _again(problem, stage)(inside.cost), 1)
+            add(inside.primitive, _again(problem, stage, inside.cost), 1)
             paper += inside.cost.paper_volume
     if buckets:
-        by_primitive["replicate"]["count"] += sum(len(bucket.mesh_dims) for bucket in buckets)
+        by_primitive["replicate"]["count"] += sum(len(bucket.steps) for bucket in buckets)
     for entry in by_primitive.values():
         entry.update({name: _number(value) for name, value in entry.items()})
     return {
@@ -313,12 +313,11 @@ def _communication(
     }
 
 
-def _again(problem: Problem, stage: Stage) -> Callable[[Cost], Cost]:
+def _again(problem: Problem, stage: Stage, cost: Cost) -> Cost:
     """What is communicated inside a checkpoint goes forward once more in backward."""
     own = region(stage.op.node) if stage.op is not None else None
-    if own is None or own not in problem.recomputed:
-        return lambda cost: cost
-    return lambda cost: replace(cost, forward_bytes=2 * cost.forward_bytes)
+    again = own is not None and own in problem.recomputed
+    return replace(cost, forward_bytes=2 * cost.forward_bytes) if again else cost
 
 
 def _number(value: float) -> float:

@@ -11,9 +11,10 @@ from torch.utils import _pytree as pytree
 
 from dsp_auto.mesh import Mesh, as_mesh
 from dsp_auto.passes.capture import GraphInput, Program
-from dsp_auto.passes.enumerate_strategies import shardable_factors
-from dsp_auto.passes.factorize import Factors, factorize
+from dsp_auto.passes.factorize import factorize
+from dsp_auto.passes.factors import Factors
 from dsp_auto.passes.layout import Layout
+from dsp_auto.passes.presets import find_spaces
 from dsp_auto.passes.problem import Problem
 from dsp_auto.passes.propagate import propagate
 from dsp_auto.passes.stages import make_stages
@@ -62,11 +63,12 @@ def problem_of(
     in_layouts: dict[str, Layout] | None = None,
     out_layouts: dict[int, Layout] | None = None,
     objective: str = "volume",
+    strategy: str = "dsp",
 ) -> Problem:
     """The passes up to the problem; `change` may edit what factorize found."""
     mesh = as_mesh(mesh)
     factors = change(factorize(program))
-    graph = make_stages(program, factors, mesh, shardable_factors(factors, mesh, "dsp"), in_layouts, out_layouts)
+    graph = make_stages(program, factors, find_spaces(factors, mesh, strategy)[0], in_layouts, out_layouts)
     return Problem(program, graph, objective)
 
 

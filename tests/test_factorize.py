@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from dsp_auto.errors import LayoutError
 from dsp_auto.passes.capture import capture
-from dsp_auto.passes.factorize import Factors, Op, factorize
+from dsp_auto.passes.factorize import factorize
+from dsp_auto.passes.factors import Factors, Op
 from examples.transformer_2d import build
 
 

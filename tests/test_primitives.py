@@ -449,7 +449,7 @@ class _Switcher(torch.nn.Module):
 def test_a_captured_graph_keeps_and_prints_the_primitive():
     exported = torch.export.export(_Switcher(), (torch.randn(1, 13, 6),), strict=False)
     for graph in (exported.graph, exported.run_decompositions({}).graph):
-        assert "torch.ops.dsp.switch.default](args = (%mul, 1, 51, 2, 4, 0, default_pg)" in str(graph)
+        assert "torch.ops.dsp.switch.default](args = (%mul, 1, [51], 2, 4, 0, default_pg)" in str(graph)
 
 
 def _all_primitives(x, scale, ranks, rank, group):

@@ -97,9 +97,9 @@ def test_without_gradients():
 def test_a_rank_that_computes_something_else_is_found(monkeypatch):
     written = rehearsal.finish
 
-    def wrong(prepared, solution, coordinate, groups):
-        plan, graph = written(prepared, solution, coordinate, groups)
-        if coordinate == (1,):
+    def wrong(prepared, solution, rank, groups):
+        plan, graph = written(prepared, solution, rank, groups)
+        if rank == 1:
             node = next(node for node in graph.nodes if node.target is torch.ops.aten.softmax.int)
             with graph.inserting_after(node):
                 scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, 2))

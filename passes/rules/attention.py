@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..notation import Local, OpCall, OpRule, from_notation, value_of
+from dsp_auto.ring_attention import ring_traffic
+
+from ..notation import Local, OpCall, OpRule, Ring, from_notation, value_of
 from . import rule
 
 aten = torch.ops.aten
@@ -12,7 +14,8 @@ aten = torch.ops.aten
 
 @rule("aten::scaled_dot_product_attention")
 def scaled_dot_product_attention(call: OpCall) -> OpRule | None:
-    """`q[... s d], k[... t d], v[... t e], mask[... s t]`: batch, heads and queries are parallel.
+    """`q[... s d], k[... t d], v[... t e], mask[... s u]`: batch, heads and queries are parallel, or queries and keys are cut
+    together and keys and values go round. The mask's keys (u) are whole in either way.
 
     With `is_causal` the mask is made from positions: a range of the queries sees the keys up to its last query.
     With `enable_gqa` the query heads are `(g r)`, r of them for each of the g key heads.
@@ -30,10 +33,16 @@ def scaled_dot_product_attention(call: OpCall) -> OpRule | None:
         mask = call.operands[3].shape
         if heads and (len(mask) < 3 or mask[-3] == 1):
             mask_heads = "1 " if len(mask) > 2 else ""
-    text = f"... {heads}s d, ... {group}t d, ... {group}t e, ... {mask_heads}s t -> ... {heads}s e"
-    causal = call["is_causal"]
+    text = f"... {heads}s d, ... {group}t d, ... {group}t e, ... {mask_heads}s u -> ... {heads}s e"
+    causal, has_mask = call["is_causal"], len(call.operands) > 3
 
     def local(emit, target, args, kwargs, here: Local):
+        if "t" in here.sites:
+            queries, keys = here.sites["s"], here.sites["t"]
+            lengths = [[b - a for a, b in site.ranges] for site in (queries, keys)]
+            mask = args[3] if has_mask else None
+            rest = (causal, call["scale"], call["enable_gqa"], queries.ranks, queries.rank, queries.group)
+            return emit(torch.ops.dsp.ring_attention.default, *args[:3], mask, *lengths, *rest)
         if not causal or "s" not in here.sites:
             return emit(target, *args, **kwargs)
         start, stop = here.range("s")
@@ -45,14 +54,30 @@ def scaled_dot_product_attention(call: OpCall) -> OpRule | None:
         named = {name: call[name] for name in ("scale", "enable_gqa")}
         return emit(target, query, *rest, mask, call["dropout_p"], False, **named)
 
+    def traffic(queries, keys, nbytes, grads):
+        q, k, v, *_, o = nbytes
+        return ring_traffic(
+            queries,
+            keys,
+            q_row=q / sum(queries),
+            k_row=k / sum(keys),
+            v_row=v / sum(keys),
+            o_row=o / sum(queries),
+            is_causal=causal,
+            grads=grads[:3],
+            mask_grad=any(grads[3:]),
+        )
+
+    can_go_round = call["dropout_p"] == 0 and not (causal and has_mask)
     return from_notation(
         text,
         call,
-        whole={"t", "d", "e"},
+        whole={"t", "u", "d", "e"},
         ranges=[("s",)] if causal else (),
+        rings=[Ring("s", "t", traffic)] if can_go_round else (),
         sizes=sizes,
         is_random=call["dropout_p"] > 0,
-        local=local if causal else None,
+        local=local if causal or can_go_round else None,
     )
 
 

@@ -119,9 +119,9 @@ def _(draw, name):
         (call(aten.softmax.int, t(5, 7), -1), "d0 d1 -> d0 d1; whole: d1"),
         (
             call(_SDPA, t(2, 6, 5, 4), t(2, 3, 7, 4), t(2, 3, 7, 4), enable_gqa=True),
-            ".0 (g r) s d, .0 g t d, .0 g t e -> .0 (g r) s e; whole: d e t",
+            ".0 (g r) s d, .0 g t d, .0 g t e -> .0 (g r) s e; whole: d e t; ring: s t",
         ),
-        (call(_SDPA, t(5, 4), t(5, 4), t(5, 4), None, 0.0, True), "s d, t d, t e -> s e; whole: d e t; ranges: s"),
+        (call(_SDPA, t(5, 4), t(5, 4), t(5, 4), None, 0.0, True), "s d, t d, t e -> s e; whole: d e t; ranges: s; ring: s t"),
     ],
 )
 def test_rules_read(made, notation):

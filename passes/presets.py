@@ -1,0 +1,248 @@
+"""Presets: which strategies each system of the paper may pick from. One search space, and restrictions of it.
+
+    dsp          sequence factors, resharded between stages
+    ulysses      one sequence; heads inside attention, where no weight is
+    megatron-lm  weights in parts, along hidden dims and heads; activations whole in between
+    megatron-sp  the same with activations cut along one sequence in between
+    ring         one sequence everywhere; keys and values go round
+    auto         all of it, and batch
+
+A preset is turned into *spaces*: the same model and devices seen in one way each. There is one for each sequence that a preset
+of one sequence could take; the planner solves all of them and keeps the best plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsp_auto.errors import MeshError, NoShardableFactorError, StrategyError
+from dsp_auto.mesh import Mesh
+
+from .factors import Factors
+
+# Of a preset of one sequence, so many of a model's sequences are tried, the largest first.
+MOST_SEQUENCES = 3
+# A factor is worth splitting a mesh dim for where what has it is at least this share of what has the most common one.
+WORTH_SPLITTING = 0.2
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What may be cut.
+
+    kinds: kinds of factor (see `kinds`); the next set where no factor of one is long enough for a mesh dim.
+    needs: a kind without which the preset is not what its name says.
+    one_sequence: of sequence factors, those of one sequence. weights: along the factors of weights too, and parameters may be
+    held in parts. ring: whether keys and values "may" or "must" go round where one op is all of attention. everywhere: kinds that an op is cut along wherever it has them.
+    inside: kinds that an op is cut along, if it has them, where it computes over the one sequence.
+    splits: a mesh dim may be split where it is longer than a factor.
+    """
+
+    kinds: tuple[frozenset[str], ...]
+    needs: str = ""
+    one_sequence: bool = False
+    weights: bool = False
+    ring: str = ""
+    everywhere: str = ""
+    inside: str = ""
+    splits: bool = False
+
+
+def _kinds(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+PRESETS: Mapping[str, Preset] = {
+    "dsp": Preset((_kinds("sequence"),), splits=True),
+    "ulysses": Preset((_kinds("sequence", "heads"),), needs="heads", one_sequence=True, inside="heads"),
+    "megatron-lm": Preset((_kinds("inner"),), weights=True, everywhere="inner"),
+    "megatron-sp": Preset(
+        (_kinds("sequence", "inner"),), needs="inner", one_sequence=True, weights=True, everywhere="inner"
+    ),
+    "ring": Preset((_kinds("sequence"),), one_sequence=True, ring="must"),
+    "auto": Preset(
+        (_kinds("sequence", "batch", "heads", "inner"), _kinds("sequence", "batch", "feature")),
+        weights=True,
+        ring="may",
+        splits=True,
+    ),
+}
+_NAMES = {"inner": "hidden dim or heads", "heads": "heads of attention"}
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be cut over each dim of `mesh`.
+
+    factors: per mesh dim. weights: ops may be cut along the factors of their weights. held: parameters may be held in parts.
+    ring: see `Preset`. everywhere: factors that an op is cut along wherever it has one of them; inside: where it computes over
+    a factor of `sequence`.
+    """
+
+    mesh: Mesh
+    factors: tuple[frozenset[int], ...]
+    weights: bool = True
+    held: bool = False
+    ring: str = "may"
+    everywhere: frozenset[int] = frozenset()
+    inside: frozenset[int] = frozenset()
+    sequence: frozenset[int] = frozenset()
+
+    @property
+    def anywhere(self) -> frozenset[int]:
+        return frozenset().union(*self.factors)
+
+
+def check_preset(strategy: str) -> None:
+    """Raises StrategyError for a strategy that does not exist."""
+    if strategy not in PRESETS:
+        raise StrategyError(asked=f"strategy {strategy!r}", found="no such strategy", remedy=f"use one of {', '.join(PRESETS)}")
+
+
+def find_spaces(
+    factors: Factors, mesh: Mesh, strategy: str, shard_parameters: bool | None = None
+) -> tuple[Space, ...]:
+    """The spaces of a preset, the most promising first; at least one.
+
+    shard_parameters: whether parameters may be held in parts; None: where the preset has it so.
+    Raises NoShardableFactorError where the model has no factor of the kind, MeshError where each is shorter than the mesh dim.
+    """
+    check_preset(strategy)
+    preset = PRESETS[strategy]
+    held = preset.weights if shard_parameters is None else shard_parameters
+    rest: dict[str, Any] = {"weights": preset.weights, "held": held and preset.weights, "ring": preset.ring}
+    if mesh.ranks == 1:
+        return (Space(mesh, tuple(frozenset() for _ in mesh.sizes), **rest),)
+    cut = _cut(factors)
+    split = _split(factors, mesh, cut & _of_kinds(factors, preset.kinds[0])) if preset.splits else mesh
+    rest |= {name: _of_kinds(factors, {getattr(preset, name)}) for name in ("everywhere", "inside")}
+    found = []
+    for sequence in _sequences(factors, cut, mesh) if preset.one_sequence else (frozenset(),):
+        fitting = _fitting(factors, split, strategy, cut, sequence)
+        if preset.needs:
+            _check_needed(factors, split, strategy, fitting)
+        if preset.ring == "must":
+            _check_ring(factors, strategy)
+        found.append(Space(split, fitting, sequence=sequence, **rest))
+    return tuple(found)
+
+
+def has_several_sequences(factors: Factors, mesh: Mesh) -> bool:
+    """Whether there is another sequence to go to from any: two that are long enough for each mesh dim."""
+    cut = _cut(factors)
+    long = [group for group in factors.sequences if max(factors.sizes[f] for f in group) >= max(mesh.sizes) and group & cut]
+    return len(long) > 1
+
+
+def _of_kinds(factors: Factors, kinds: Collection[str]) -> frozenset[int]:
+    own = {factor for factor, kind in factors.kinds.items() if kind in kinds}
+    return frozenset(
+        own | (factors.heads if "heads" in kinds else set()) | (factors.inner if "inner" in kinds else set())
+    )
+
+
+def _cut(factors: Factors) -> frozenset[int]:
+    """The factors that some op's rule cuts."""
+    return frozenset(factor for op in factors.ops for cut in op.cuts for factor in op.factors(cut))
+
+
+def _nbytes(factors: Factors, which: Collection[int]) -> dict[int, int]:
+    """Of each factor, the bytes of all results that have it."""
+    found = dict.fromkeys(which, 0)
+    for op in factors.ops:
+        for value in (factors.values[result] for result in op.results if not op.is_view):
+            for factor in found.keys() & set(value.factors):
+                found[factor] += value.nbytes
+    return found
+
+
+def _sequences(factors: Factors, cut: frozenset[int], mesh: Mesh) -> Sequence[frozenset[int]]:
+    """The model's sequences that are long enough to be cut over the mesh, that of most bytes first."""
+    long = [group & cut for group in factors.sequences]
+    long = [group for group in long if any(factors.sizes[factor] >= mesh.ranks for factor in group)]
+    nbytes = _nbytes(factors, frozenset().union(*long))
+    return sorted(long, key=lambda group: -max(nbytes[factor] for factor in group))[:MOST_SEQUENCES] or (frozenset(),)
+
+
+def _split(factors: Factors, mesh: Mesh, which: frozenset[int]) -> Mesh:
+    """The mesh with a dim that is longer than an important factor split in two, so that the factor can take one of them."""
+    nbytes = _nbytes(factors, which)
+    worth = [factor for factor in which if nbytes[factor] >= WORTH_SPLITTING * max(nbytes.values())]
+    parts = []
+    for size in mesh.sizes:
+        divisors = [_divisor(size, factors.sizes[factor]) for factor in worth if factors.sizes[factor] < size]
+        best = max(divisors, default=1)
+        parts.append((best, size // best) if best > 1 else (size,))
+    return mesh.split(parts)
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest divisor of `size` that is not above `most`."""
+    return max(n for n in range(1, most + 1) if size % n == 0)
+
+
+def _fitting(
+    factors: Factors, mesh: Mesh, strategy: str, cut: frozenset[int], sequence: frozenset[int]
+) -> tuple[frozenset[int], ...]:
+    found = []
+    for name, size in zip(mesh.part_of, mesh.sizes, strict=True):
+        fitting: frozenset[int] = frozenset()
+        for kinds in PRESETS[strategy].kinds if size > 1 else ():
+            wanted = cut & _of_kinds(factors, kinds)
+            if PRESETS[strategy].one_sequence:
+                wanted = frozenset(f for f in wanted if f in sequence or factors.kinds[f] != "sequence")
+            fitting = frozenset(factor for factor in wanted if factors.sizes[factor] >= size)
+            if fitting:
+                break
+        if size > 1 and not fitting:
+            raise _nothing(factors, mesh, strategy, name, size, sorted(wanted), kinds)
+        found.append(fitting)
+    return tuple(found)
+
+
+def _nothing(
+    factors: Factors, mesh: Mesh, strategy: str, name: str, size: int, wanted: Sequence[int], kinds: Collection[str]
+) -> NoShardableFactorError | MeshError:
+    if not wanted:
+        shown = " or ".join(_NAMES.get(kind, kind) for kind in sorted(kinds))
+        return NoShardableFactorError(
+            asked=f"strategy {strategy!r} over mesh {mesh}",
+            found=f"the model has no {shown} factor that any op computes in parallel (its factors: "
+            f"{_describe(factors, list(factors.kinds))})",
+            remedy="this model has nothing to share out along a sequence; use data parallelism",
+        )
+    longest = max(wanted, key=lambda factor: factors.sizes[factor])
+    return MeshError(
+        asked=f"cannot shard over mesh dim {name} of {size} ranks",
+        found=f"every factor that strategy {strategy!r} may shard is shorter: {_describe(factors, wanted)}",
+        remedy=f"use at most {factors.sizes[longest]} ranks on a mesh dim",
+    )
+
+
+def _check_needed(factors: Factors, mesh: Mesh, strategy: str, fitting: Sequence[frozenset[int]]) -> None:
+    kind = PRESETS[strategy].needs
+    needed = _of_kinds(factors, {kind})
+    for name, size, own in zip(mesh.names, mesh.sizes, fitting, strict=True):
+        if size > 1 and not own & needed:
+            shown = _describe(factors, sorted(needed)) or "none"
+            raise NoShardableFactorError(
+                asked=f"strategy {strategy!r} over mesh dim {name} of {size} ranks",
+                found=f"the model has no {_NAMES[kind]} of so many (it has {shown})",
+                remedy="use fewer ranks, or another strategy",
+            )
+
+
+def _check_ring(factors: Factors, strategy: str) -> None:
+    if not any(op.rule is not None and op.rule.rings for op in factors.ops):
+        raise NoShardableFactorError(
+            asked=f"strategy {strategy!r}",
+            found="the model has no attention whose keys and values can go round: none is one op without dropout",
+            remedy="write attention as scaled_dot_product_attention, or use another strategy",
+        )
+
+
+def _describe(factors: Factors, which: Sequence[int], limit: int = 8) -> str:
+    shown = [f"{factors.names[f]}={factors.sizes[f]} ({factors.kinds[f]})" for f in which[:limit]]
+    return ", ".join(shown) + (", …" if len(which) > limit else "")
