@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from .hardware import Hardware, Kernel
 
@@ -185,15 +185,3 @@ _COPIES = {
 }
 _OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}
 _PICKS = {aten.embedding, aten.index, aten.index_select, aten.gather}
-
-
-def op_flops(target: Any, args: tuple, kwargs: dict) -> int:
-    """FLOPs of one call on fake tensors, by `torch.utils.flop_counter`'s formulas."""
-    with FlopCounterMode(display=False) as counter:
-        target(*args, **kwargs)
-    return counter.get_total_flops()
-
-
-def op_seconds(flops: float, bytes_moved: float, hardware: Hardware, training: bool) -> float:
-    """Forward, and in training the backward: twice the arithmetic and twice the traffic of the forward."""
-    return hardware.kernel("", "matmul" if flops else "memory").seconds(flops, bytes_moved, "bfloat16") * (3 if training else 1)

@@ -1,10 +1,10 @@
 """`dsp-auto calibrate`: what this computer's kernels and this mesh's collectives take, measured and fitted to a `Hardware`.
 
 Every rank measures at the same time, so what ranks share (cores, memory, cables) is part of the numbers. Kernels are those
-that sample layers launch, forward and backward: they are recorded below autograd, and each is run again by itself, in
-blocks of 20 ms, longer than a core's turns among processes. Collectives run over each mesh dim in growing sizes, and last
-as long as on their slowest rank. All of it is done several times over, and the median counts. Then, by least squares of the
-relative error, with nothing below zero,
+that sample layers launch, forward and backward: they are recorded below autograd, and each is run again by itself, its
+results kept alive for a while as a model keeps them, in blocks of 20 ms, longer than a core's turns among processes.
+Collectives run over each mesh dim in growing sizes, and last as long as on their slowest rank. All of it is done several
+times over, and the median counts. Then, by least squares of the relative error, with nothing below zero,
 
     seconds of a kernel      = overhead + FLOPs / rate + bytes / bandwidth, or the larger of these two, whichever fits better
     seconds of a collective  = steps alpha + wire bytes / beta
@@ -21,7 +21,6 @@ import itertools
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,11 +39,13 @@ from .cost_models.compute import Launch, RecordLaunches, launch
 from .cost_models.hardware import KINDS, RINGS, Hardware, Kernel, Link, Rate
 from .errors import DspError, MeshError
 from .mesh import Mesh, as_mesh
+from .spawn import spawn
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 BLOCK_SECONDS, SWEEPS = 0.02, 5
 COLLECTIVE_BYTES = tuple(2**n for n in range(10, 25, 2))  # that one rank hands in
+HELD_BYTES = 2**27  # that a model's activations may take while a kernel runs, on a CPU more than its caches hold
 ENOUGH = 4  # sizes of an op that has an entry of its own
 
 
@@ -87,7 +88,7 @@ def calibrate(mesh: DeviceMesh, *, quick: bool = False, name: str = "calibrated"
     kernel_seconds: dict[Launch, list[float]] = {}
     link_seconds: dict[tuple[str, str, int], list[Timed]] = {}
     with torch.no_grad():
-        for _ in range(2 if quick else SWEEPS):
+        for _ in range(SWEEPS // 2 if quick else SWEEPS):
             for launched, seconds in _measure_kernels(mesh.device_type, clock, quick):
                 kernel_seconds.setdefault(launched, []).append(seconds)
             for key, timed in _measure_collectives(mesh, shape, clock, quick):
@@ -185,7 +186,21 @@ def _measure_kernels(device: str, clock: _Clock, quick: bool) -> Iterator[tuple[
             if one not in seen:
                 seen.add(one)
                 # Ranks that share a core get it in turn: the mean of them is what one gets.
-                yield one, clock.mean(clock(lambda f=func, a=args, k=kwargs: f(*a, **k)))
+                yield one, clock.mean(clock(_holding(lambda f=func, a=args, k=kwargs: f(*a, **k), one.nbytes)))
+
+
+def _holding(call: Callable[[], Any], nbytes: int) -> Callable[[], None]:
+    """`call`, its results alive for a while, as a model's are until its backward: so each gets memory that the system has
+    to clear and map, and that no cache holds."""
+    held: list[Any] = []
+    most = HELD_BYTES // max(nbytes, 2**10)
+
+    def run() -> None:
+        held.append(call())
+        if len(held) > most:
+            held.clear()
+
+    return run
 
 
 def _layers(device: str, quick: bool) -> Iterator[tuple[Callable[..., Tensor] | Tensor, ...]]:
@@ -450,7 +465,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out.suffix != ".json" or not options.out.parent.is_dir():
         raise DspError(asked=f"--out {options.out}", found="not a .json file in a folder that exists", remedy="name one")
     if options.launch:
-        _launch(shape, options.quick, options.out)
+        spawn(_on_rank, shape.ranks, shape, options.quick, options.out)
         return 0
     there = int(os.environ.get("WORLD_SIZE", 1))
     if there != shape.ranks:
@@ -484,23 +499,6 @@ def _calibrate(shape: Mesh, quick: bool, out: Path) -> None:
         print(f"{found}\n\n{out}: `hardware={str(out)!r}`", flush=True)
 
 
-def worker(rank: int, shape: Mesh, quick: bool, out: Path, folder: str) -> None:
+def _on_rank(rank: int, ranks: int, shape: Mesh, quick: bool, out: Path) -> None:
     """One process of `--launch`."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=shape.ranks)
     _calibrate(shape, quick, out)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _launch(shape: Mesh, quick: bool, out: Path) -> None:
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # inherited; read once, when torch is imported
-    try:
-        with tempfile.TemporaryDirectory(prefix="dsp-auto-") as folder:
-            torch.multiprocessing.spawn(worker, (shape, quick, out, folder), nprocs=shape.ranks)
-    finally:
-        if threads is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = threads

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from .cost_models.compute import op_flops, op_seconds
+from .cost_models.compute import Launch, op_launches
 from .cost_models.hardware import Hardware, as_hardware
 from .errors import InfeasibleError, LayoutError, StrategyError
 from .mesh import Mesh, as_mesh
@@ -23,10 +23,19 @@ from .passes.factorize import factorize
 from .passes.factors import Factors
 from .passes.layout import Layout, R, Shard
 from .passes.nodes import value_id
-from .passes.presets import check_preset, find_spaces, has_several_sequences
+from .passes.presets import (
+    ALWAYS,
+    MEMORY,
+    PARAMETERS,
+    Space,
+    check_preset,
+    find_spaces,
+    has_several_sequences,
+    least_of_megatron,
+)
 from .passes.problem import OBJECTIVES, Problem
 from .passes.rewrite import rewrite
-from .passes.solve import Solution, solve
+from .passes.solve import SLACK, TOLERANCE, Solution, solve
 from .passes.stages import MAY_STAY_WHOLE, StageGraph, make_stages
 from .passes.summarize import summarize
 from .plan import Plan
@@ -125,14 +134,42 @@ def parse_capacity(capacity: int | str | None) -> int | None:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
-    """A captured model and its problems, one for each space of the strategy, before anything is decided."""
+    """A captured model and its spaces, before anything is decided. A space's problem is made when it is asked for."""
 
     program: Program
-    problems: tuple[Problem, ...]
+    factors: Factors
+    mesh: Mesh
+    spaces: tuple[Space, ...]
     options: Options
+    held: Mapping[str, Layout] | None
     seconds: Mapping[str, float]
+    made: dict[int, Problem] = field(default_factory=dict)
+
+    def problem(self, space: int) -> Problem:
+        """stages, of one space."""
+        if space not in self.made:
+            with _no_garbage_collection():
+                self.made[space] = self._problem(self.spaces[space])
+        return self.made[space]
+
+    def _problem(self, space: Space) -> Problem:
+        program, factors, options = self.program, self.factors, self.options
+        graph = make_stages(
+            program,
+            factors,
+            space,
+            _in_layouts(program, factors, space.mesh, options.in_layouts or {}),
+            _out_layouts(program, factors, space.mesh, options.out_layouts),
+            # Without a capacity, large activations are sharded; a text prompt or a timestep may stay whole.
+            MAY_STAY_WHOLE if options.capacity is None else None,
+            None
+            if self.held is None
+            else {name: _refined(layout, self.mesh, space.mesh) for name, layout in self.held.items()},
+        )
+        seconds = _compute_seconds(program, graph, options)
+        return Problem(program, graph, options.objective, _hardware(options, space.mesh), seconds)
 
 
 def plan(
@@ -195,40 +232,68 @@ def plan(
 def prepare(
     program: Program, mesh: Mesh, options: Options, held: Mapping[str, Layout] | None = None
 ) -> Prepared:
-    """factorize -> enumerate -> stages. held: see `make_stages`; of the user's mesh dims."""
+    """factorize, and the spaces of the strategy. held: see `make_stages`; of the user's mesh dims."""
     started = time.perf_counter()
     with _no_garbage_collection():
         factors = factorize(program, options.dim_names, options.rng)
-        problems = []
         options = options.settled(factors, mesh)
-        for space in find_spaces(factors, mesh, options.strategy, options.shard_parameters):
-            graph = make_stages(
-                program,
-                factors,
-                space,
-                _in_layouts(program, factors, space.mesh, options.in_layouts or {}),
-                _out_layouts(program, factors, space.mesh, options.out_layouts),
-                # Without a capacity, large activations are sharded; a text prompt or a timestep may stay whole.
-                MAY_STAY_WHOLE if options.capacity is None else None,
-                None if held is None else {name: _refined(layout, mesh, space.mesh) for name, layout in held.items()},
-            )
-            seconds = _compute_seconds(program, graph, options)
-            problems.append(Problem(program, graph, options.objective, options.hardware, seconds))
-    return Prepared(program, tuple(problems), options, {**program.seconds, "prepare": time.perf_counter() - started})
+        spaces = find_spaces(factors, mesh, options.strategy, options.shard_parameters)
+        # What is wrong with layouts is wrong in every space.
+        _in_layouts(program, factors, mesh, options.in_layouts or {})
+        _out_layouts(program, factors, mesh, options.out_layouts)
+    seconds = {**program.seconds, "prepare": time.perf_counter() - started}
+    return Prepared(program, factors, mesh, spaces, options, held, seconds)
 
 
 def decide(prepared: Prepared) -> Solution:
-    """solve: the best plan of all spaces."""
-    options, found, failed = prepared.options, [], []
-    with _no_garbage_collection():
-        for number, problem in enumerate(prepared.problems):
+    """stages and solve: the best plan of all spaces."""
+    options, failed = prepared.options, []
+    found: dict[int, Solution] = {}
+    started = time.perf_counter()
+    asks = options.capacity is None and any(space.when == MEMORY for space in prepared.spaces)
+
+    def look(when: str) -> None:
+        for number, space in enumerate(prepared.spaces):
+            if space.when != when:
+                continue
             try:
-                found.append(replace(solve(problem, options.capacity, time_limit=options.time_limit), space=number))
+                problem = prepared.problem(number)
+                with _no_garbage_collection():
+                    solution = solve(
+                        problem, options.capacity, time_limit=options.time_limit, unbounded=asks and when == ALWAYS
+                    )
+                found[number] = replace(solution, space=number)
             except InfeasibleError as error:
                 failed.append(error)
+
+    look(ALWAYS)
+    if asks and any(own.objective > (1 + TOLERANCE) * (own.unbounded or 0.0) for own in found.values()):
+        look(MEMORY)
+    if _parts_may_be_better(prepared, min((own.objective for own in _frugal(prepared, found)), default=math.inf)):
+        look(PARAMETERS)
     if not found:
         raise min(failed, key=lambda error: error.least_bytes)
-    return min(found, key=lambda solution: solution.objective)
+    best = min(_frugal(prepared, found), key=lambda solution: solution.objective)
+    return replace(best, seconds={"solve": time.perf_counter() - started})
+
+
+def _parts_may_be_better(prepared: Prepared, objective: float) -> bool:
+    """Whether parameters in parts might send less than the plan with `objective` wire bytes that has them whole."""
+    if prepared.options.objective != "volume":
+        return True
+    return least_of_megatron(prepared.factors, prepared.mesh.ranks, prepared.program.training) < objective
+
+
+def _frugal(prepared: Prepared, found: Mapping[int, Solution]) -> list[Solution]:
+    """Without a capacity, of a preset's spaces only those whose bound is about as low as any's: the others take a sequence that
+    leaves large activations whole."""
+    if prepared.options.capacity is not None:
+        return list(found.values())
+    least: dict[str, int] = {}
+    for number, solution in found.items():
+        preset = prepared.spaces[number].preset
+        least[preset] = min(least.get(preset, solution.capacity_bytes), solution.capacity_bytes)
+    return [own for n, own in found.items() if own.capacity_bytes <= (1 + SLACK) * least[prepared.spaces[n].preset]]
 
 
 def finish(
@@ -240,7 +305,7 @@ def finish(
     program is only to be looked at.
     """
     started = time.perf_counter()
-    problem = prepared.problems[solution.space]
+    problem = prepared.problem(solution.space)
     mesh = problem.graph.mesh
     with _no_garbage_collection():
         buckets: tuple[Bucket, ...] = make_buckets(problem.graph, problem.reshardings(solution.choice))
@@ -271,23 +336,27 @@ def _compute_seconds(program: Program, graph: StageGraph, options: Options) -> C
     """Roofline seconds of a stage under one of its strategies, for the objective "time"."""
     if options.objective != "time":
         return None
-    whole: dict[int, float] = {}
+    hardware = _hardware(options, graph.mesh)
+    launched: dict[int, tuple[Launch, ...]] = {}
 
     def seconds(stage: int, strategy: int) -> float:
         entry = graph.stages[stage]
         if entry.op is None:
             return 0.0
-        if stage not in whole:
+        if stage not in launched:
             node = entry.op.node
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-            values = graph.factors.values
-            moved = sum(values[v].nbytes for v in (*entry.op.operands, *entry.op.results))
-            with torch.no_grad():
-                flops = op_flops(node.target, args, kwargs)
-            whole[stage] = op_seconds(flops, moved, options.hardware, program.training)
-        return whole[stage] / graph.shards(stage, strategy)
+            forward, backward = op_launches(node.target, args, kwargs, program.training)
+            launched[stage] = forward + backward
+        shards = graph.shards(stage, strategy)
+        return sum(launch.seconds(hardware, shards) for launch in launched[stage])
 
     return seconds
+
+
+def _hardware(options: Options, mesh: Mesh) -> Hardware | None:
+    """The profile, with the links of this mesh."""
+    return options.hardware and options.hardware.on(dict(zip(mesh.names, mesh.sizes, strict=True)))
 
 
 def _in_layouts(program: Program, factors: Factors, mesh: Mesh, specs: Mapping[str, LayoutSpec]) -> dict[str, Layout]:

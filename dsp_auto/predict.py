@@ -110,7 +110,7 @@ def trace_plan(prepared: Prepared, rank: int = 0) -> Trace:
     """What the `rank`-th device launches in a step of the best plan, and the ranks' agreement on the call before it."""
     solution = decide(prepared)
     _, graph = finish(prepared, solution, rank)
-    mesh = prepared.problems[solution.space].graph.mesh
+    mesh = prepared.problem(solution.space).graph.mesh
     sizes = list(zip(mesh.names, mesh.sizes, strict=True))
     lines = [line for n in range(len(sizes)) for line in itertools.combinations(range(len(sizes)), n + 1)]
     dims = {mesh.label(line): [sizes[m] for m in line] for line in lines}

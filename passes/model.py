@@ -39,7 +39,9 @@ from .stages import Stage, Use, strip
 
 # Between plans of equal bytes, the one with fewer reshardings, and those between modules rather than inside them; then
 # the one that does less work twice. A resharding weighs `TIE` of the largest tensor, or of a second.
-_SCALE = 1e6  # the objective's largest coefficient, for the solver
+# The objective's largest coefficient, and HiGHS's tolerances. With larger ones HiGHS 1.15 has called a plan optimal that is not.
+_SCALE = 1e4
+_PRECISE = {"mip_feasibility_tolerance": 1e-9, "mip_abs_gap": 0.0}
 
 Expression = dict[str, float]
 ByLayout = dict[Layout, Expression]
@@ -460,7 +462,7 @@ class Model:
 
 def make_solver(time_limit: float | None, integer: bool = True) -> tuple[pulp.LpSolver, str]:
     """HiGHS where its wheel is there, PuLP's bundled CBC elsewhere."""
-    highs = pulp.HiGHS(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1)
+    highs = pulp.HiGHS(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1, **_PRECISE)
     if highs.available():
         return highs, "HiGHS"
     return pulp.PULP_CBC_CMD(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1), "CBC"

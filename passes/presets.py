@@ -9,12 +9,16 @@
 
 A preset is turned into *spaces*: the same model and devices seen in one way each. There is one for each sequence that a preset
 of one sequence could take; the planner solves all of them and keeps the best plan.
+
+`auto` first takes the union of all that leaves parameters whole. That is the best plan unless a preset sends less for more
+memory than the union's bound has, or Megatron's way sends less; only where that may be are these looked at too (`when`), and so
+without a capacity `auto` never sends more than any preset does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsp_auto.errors import MeshError, NoShardableFactorError, StrategyError
@@ -22,28 +26,31 @@ from dsp_auto.mesh import Mesh
 
 from .factors import Factors
 
-# Of a preset of one sequence, so many of a model's sequences are tried, the largest first.
-MOST_SEQUENCES = 3
+# A preset of one sequence tries those of a model's sequences that so large a share of the bytes has that the first one has.
+WORTH_TRYING = 0.5
 # A factor is worth splitting a mesh dim for where what has it is at least this share of what has the most common one.
 WORTH_SPLITTING = 0.2
+# Where ops can be cut in more ways than this, in the mean, one more mesh dim makes the problem too large; and there are other
+# ways to cut.
+FEW_CHOICES = 4.0
 
 
 @dataclass(frozen=True)
 class Preset:
     """What may be cut.
 
-    kinds: kinds of factor (see `kinds`); the next set where no factor of one is long enough for a mesh dim.
-    needs: a kind without which the preset is not what its name says.
-    one_sequence: of sequence factors, those of one sequence. weights: along the factors of weights too, and parameters may be
-    held in parts. ring: whether keys and values "may" or "must" go round where one op is all of attention. everywhere: kinds that an op is cut along wherever it has them.
-    inside: kinds that an op is cut along, if it has them, where it computes over the one sequence.
-    splits: a mesh dim may be split where it is longer than a factor.
+    kinds: kinds of factor (see `kinds`). needs: one without which the preset is not what its name says.
+    one_sequence: of sequence factors, those of one sequence. weights: along the factors of weights too. held: parameters may be
+    held in parts. ring: whether keys and values "may" or "must" go round where one op is all of attention.
+    everywhere: a kind that an op is cut along wherever it has it; inside: where it computes over the one sequence.
+    splits: a mesh dim may be split where it is longer than a factor, and there are no two sequences as long as it.
     """
 
-    kinds: tuple[frozenset[str], ...]
+    kinds: frozenset[str]
     needs: str = ""
     one_sequence: bool = False
     weights: bool = False
+    held: bool = False
     ring: str = ""
     everywhere: str = ""
     inside: str = ""
@@ -54,27 +61,27 @@ def _kinds(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
+_MEGATRON = Preset(_kinds("inner"), needs="inner", weights=True, held=True, everywhere="inner")
+_AUTO = Preset(_kinds("sequence", "batch", "heads"), ring="may", splits=True)
 PRESETS: Mapping[str, Preset] = {
-    "dsp": Preset((_kinds("sequence"),), splits=True),
-    "ulysses": Preset((_kinds("sequence", "heads"),), needs="heads", one_sequence=True, inside="heads"),
-    "megatron-lm": Preset((_kinds("inner"),), weights=True, everywhere="inner"),
-    "megatron-sp": Preset(
-        (_kinds("sequence", "inner"),), needs="inner", one_sequence=True, weights=True, everywhere="inner"
-    ),
-    "ring": Preset((_kinds("sequence"),), one_sequence=True, ring="must"),
-    "auto": Preset(
-        (_kinds("sequence", "batch", "heads", "inner"), _kinds("sequence", "batch", "feature")),
-        weights=True,
-        ring="may",
-        splits=True,
-    ),
+    "dsp": Preset(_kinds("sequence"), splits=True),
+    "ulysses": Preset(_kinds("sequence", "heads"), needs="heads", one_sequence=True, inside="heads"),
+    "megatron-lm": _MEGATRON,
+    "megatron-sp": replace(_MEGATRON, kinds=_kinds("sequence", "inner"), one_sequence=True),
+    "ring": Preset(_kinds("sequence"), one_sequence=True, ring="must"),
+    "auto": _AUTO,
 }
+# When a space is looked at: at once, or where a plan with more memory might send less, or one with parameters in parts.
+ALWAYS, MEMORY, PARAMETERS = "always", "memory", "parameters"
+_IN_PARTS = replace(_AUTO, kinds=_AUTO.kinds | {"inner"}, weights=True, held=True)
+# For `auto` where nothing that it may cut is long enough.
+_ANYTHING = replace(_AUTO, kinds=_kinds("sequence", "batch", "feature"), weights=True)
 _NAMES = {"inner": "hidden dim or heads", "heads": "heads of attention"}
 
 
 @dataclass(frozen=True)
 class Space:
-    """What may be cut over each dim of `mesh`.
+    """What may be cut over each dim of `mesh` by one preset, and when to look at it.
 
     factors: per mesh dim. weights: ops may be cut along the factors of their weights. held: parameters may be held in parts.
     ring: see `Preset`. everywhere: factors that an op is cut along wherever it has one of them; inside: where it computes over
@@ -89,6 +96,8 @@ class Space:
     everywhere: frozenset[int] = frozenset()
     inside: frozenset[int] = frozenset()
     sequence: frozenset[int] = frozenset()
+    preset: str = ""
+    when: str = ALWAYS
 
     @property
     def anywhere(self) -> frozenset[int]:
@@ -104,29 +113,72 @@ def check_preset(strategy: str) -> None:
 def find_spaces(
     factors: Factors, mesh: Mesh, strategy: str, shard_parameters: bool | None = None
 ) -> tuple[Space, ...]:
-    """The spaces of a preset, the most promising first; at least one.
+    """The spaces of a strategy, the most promising first; at least one.
 
-    shard_parameters: whether parameters may be held in parts; None: where the preset has it so.
+    shard_parameters: whether parameters may be held in parts; None: where the strategy has it so.
     Raises NoShardableFactorError where the model has no factor of the kind, MeshError where each is shorter than the mesh dim.
     """
     check_preset(strategy)
-    preset = PRESETS[strategy]
-    held = preset.weights if shard_parameters is None else shard_parameters
-    rest: dict[str, Any] = {"weights": preset.weights, "held": held and preset.weights, "ring": preset.ring}
+    if strategy != "auto":
+        held = PRESETS[strategy].held and shard_parameters is not False
+        return _spaces(factors, mesh, strategy, replace(PRESETS[strategy], held=held))
+    found: list[Space] = []
+    try:
+        found += _spaces(factors, mesh, "auto", _IN_PARTS if shard_parameters else _AUTO)
+    except MeshError:
+        return _spaces(factors, mesh, "auto", _ANYTHING)
+    others = [("auto", _IN_PARTS, PARAMETERS)] if shard_parameters is None else []
+    others += [
+        (name, preset, PARAMETERS if preset.held else MEMORY)
+        for name, preset in PRESETS.items()
+        if name != "auto" and (shard_parameters is not False or not preset.held)
+    ]
+    for name, preset, when in others:
+        try:
+            found += [replace(space, when=when) for space in _spaces(factors, mesh, name, preset)]
+        except (MeshError, NoShardableFactorError):
+            continue  # this model is none for that preset
+    return tuple(found)
+
+
+def _spaces(factors: Factors, mesh: Mesh, strategy: str, preset: Preset) -> tuple[Space, ...]:
+    rest: dict[str, Any] = {"weights": preset.weights, "held": preset.held, "ring": preset.ring, "preset": strategy}
     if mesh.ranks == 1:
         return (Space(mesh, tuple(frozenset() for _ in mesh.sizes), **rest),)
     cut = _cut(factors)
-    split = _split(factors, mesh, cut & _of_kinds(factors, preset.kinds[0])) if preset.splits else mesh
+    split = mesh
+    if preset.splits and not has_several_sequences(factors, mesh):
+        which = cut & _of_kinds(factors, preset.kinds)
+        split = _split(factors, mesh, which) if _choices(factors, which) <= FEW_CHOICES else mesh
     rest |= {name: _of_kinds(factors, {getattr(preset, name)}) for name in ("everywhere", "inside")}
     found = []
     for sequence in _sequences(factors, cut, mesh) if preset.one_sequence else (frozenset(),):
-        fitting = _fitting(factors, split, strategy, cut, sequence)
+        fitting = _fitting(factors, split, strategy, preset, cut, sequence)
         if preset.needs:
-            _check_needed(factors, split, strategy, fitting)
+            _check_needed(factors, split, strategy, preset.needs, fitting)
         if preset.ring == "must":
             _check_ring(factors, strategy)
         found.append(Space(split, fitting, sequence=sequence, **rest))
     return tuple(found)
+
+
+def least_of_megatron(factors: Factors, ranks: int, training: bool) -> float:
+    """Wire bytes per device below which no plan comes that cuts every weight it can along its hidden dim or heads: what such an
+    op makes is summed over the ranks, and what it takes is brought together."""
+    moved, taken = 0, set()
+    cut = {factor for factor in factors.inner if factors.sizes[factor] >= ranks}
+    for op in factors.ops:
+        weights = [operand[0] in factors.weights for operand in op.operands]
+        if op.rule is None or not any(weights) or all(weights) or not op.rule.contracts:
+            continue
+        of_weight = {axis for dims, w in zip(op.rule.inputs, weights, strict=True) if w for dim in dims for axis in dim}
+        inner = {axis for axis in of_weight if cut.intersection(op.axes[axis])}
+        if inner & op.rule.reduces:
+            moved += sum(factors.values[result].nbytes for result in op.results)
+        elif inner:
+            taken |= {operand for operand, w in zip(op.operands, weights, strict=True) if not w}
+    moved += sum(factors.values[operand].nbytes for operand in taken)
+    return (2 if training else 1) * moved * (ranks - 1) / ranks
 
 
 def has_several_sequences(factors: Factors, mesh: Mesh) -> bool:
@@ -163,7 +215,15 @@ def _sequences(factors: Factors, cut: frozenset[int], mesh: Mesh) -> Sequence[fr
     long = [group & cut for group in factors.sequences]
     long = [group for group in long if any(factors.sizes[factor] >= mesh.ranks for factor in group)]
     nbytes = _nbytes(factors, frozenset().union(*long))
-    return sorted(long, key=lambda group: -max(nbytes[factor] for factor in group))[:MOST_SEQUENCES] or (frozenset(),)
+    most = {group: max(nbytes[factor] for factor in group) for group in long}
+    worth = [group for group in long if most[group] >= WORTH_TRYING * max(most.values())]
+    return sorted(worth, key=lambda group: -most[group]) or (frozenset(),)
+
+
+def _choices(factors: Factors, which: frozenset[int]) -> float:
+    """In how many ways an op can be cut along some of the factors, in the mean."""
+    found = [sum(which.issuperset(op.factors(cut)) for cut in op.cuts) for op in factors.ops if not op.is_view]
+    return sum(found) / max(len(found), 1)
 
 
 def _split(factors: Factors, mesh: Mesh, which: frozenset[int]) -> Mesh:
@@ -184,20 +244,17 @@ def _divisor(size: int, most: int) -> int:
 
 
 def _fitting(
-    factors: Factors, mesh: Mesh, strategy: str, cut: frozenset[int], sequence: frozenset[int]
+    factors: Factors, mesh: Mesh, strategy: str, preset: Preset, cut: frozenset[int], sequence: frozenset[int]
 ) -> tuple[frozenset[int], ...]:
+    """Per mesh dim, what is long enough of what the preset may cut."""
+    wanted = cut & _of_kinds(factors, preset.kinds)
+    if preset.one_sequence:
+        wanted = frozenset(f for f in wanted if f in sequence or factors.kinds[f] != "sequence")
     found = []
     for name, size in zip(mesh.part_of, mesh.sizes, strict=True):
-        fitting: frozenset[int] = frozenset()
-        for kinds in PRESETS[strategy].kinds if size > 1 else ():
-            wanted = cut & _of_kinds(factors, kinds)
-            if PRESETS[strategy].one_sequence:
-                wanted = frozenset(f for f in wanted if f in sequence or factors.kinds[f] != "sequence")
-            fitting = frozenset(factor for factor in wanted if factors.sizes[factor] >= size)
-            if fitting:
-                break
+        fitting = frozenset(factor for factor in wanted if factors.sizes[factor] >= size > 1)
         if size > 1 and not fitting:
-            raise _nothing(factors, mesh, strategy, name, size, sorted(wanted), kinds)
+            raise _nothing(factors, mesh, strategy, name, size, sorted(wanted), preset.kinds)
         found.append(fitting)
     return tuple(found)
 
@@ -221,8 +278,9 @@ def _nothing(
     )
 
 
-def _check_needed(factors: Factors, mesh: Mesh, strategy: str, fitting: Sequence[frozenset[int]]) -> None:
-    kind = PRESETS[strategy].needs
+def _check_needed(
+    factors: Factors, mesh: Mesh, strategy: str, kind: str, fitting: Sequence[frozenset[int]]
+) -> None:
     needed = _of_kinds(factors, {kind})
     for name, size, own in zip(mesh.names, mesh.sizes, fitting, strict=True):
         if size > 1 and not own & needed:

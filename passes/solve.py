@@ -18,6 +18,8 @@ from .model import Answer, Model
 from .problem import Problem
 
 SLACK = 0.10
+# The solver's tolerance and the tie-breakers are no difference in cost.
+TOLERANCE = 1e-6
 # A folded plan this close to its bound is not worth solving the whole problem for.
 GAP = 0.02
 # Folding that leaves more than this share of the stages is not worth solving twice for.
@@ -42,6 +44,7 @@ class Solution:
     peak_bytes: int
     capacity_bytes: int
     folded: bool
+    unbounded: float | None = None  # where it was asked for: no plan costs less, whatever memory it takes
     space: int = 0  # which of the spaces that were solved for it is a plan of
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -58,11 +61,13 @@ def solve(
     use_folding: bool = True,
     gap: float = GAP,
     time_limit: float = 60.0,
+    unbounded: bool = False,
 ) -> Solution:
     """The cheapest choice whose peak stays within `capacity` bytes.
 
     capacity: bytes of activations per device; None: the least peak that a plan (with repeated blocks alike) reaches, and 10%.
     gap: a folded plan further than this from its bound is solved for again without folding, within `time_limit` seconds.
+    unbounded: whether to say too what the least cost were with no bound on memory.
     Raises InfeasibleError where no choice fits.
     """
     started = time.perf_counter()
@@ -89,8 +94,7 @@ def solve(
     return Solution(
         choice=answer.choice,
         objective=objective,
-        # The solver's tolerance and the tie-breaker are no gap.
-        bound=objective if bound is not None and _distance(objective, bound) < 1e-6 else bound or 0.0,
+        bound=objective if bound is not None and _distance(objective, bound) < TOLERANCE else bound or 0.0,
         status=answer.status,
         solver=answer.solver,
         variables=answer.variables,
@@ -98,6 +102,7 @@ def solve(
         peak_bytes=problem.peak(answer.choice)[0],
         capacity_bytes=capacity,
         folded=same != apart,
+        unbounded=model.solve({}, capacity, integer=False, time_limit=time_limit).value if unbounded else None,
         seconds={"solve": time.perf_counter() - started},
     )
 

@@ -229,15 +229,33 @@ def _most_sharded(strategies: Sequence[Strategy]) -> tuple[Strategy, ...]:
     return tuple(strategy for strategy in strategies if sum(bool(cut) for cut in strategy.cuts) == most)
 
 
+def dim_of(value: Value, place: int, sizes: Mapping[int, int]) -> tuple[int, int]:
+    """The dim that a place lies in, and how many runs of its factor the dim has: the product of what comes before it. In
+    `(3 H D) C` H has 3 runs in dim 0."""
+    first = 0
+    for dim, own in enumerate(value.dims):
+        if place < first + len(own):
+            return dim, math.prod(sizes[factor] for factor in own[: place - first])
+        first += len(own)
+    raise IndexError(f"{value.dims} has no place {place}")
+
+
 def _in_parts(parameter: Value, factors: Factors, space: Space) -> list[Layout]:
-    """The layouts in which ranks may hold equal parts of a parameter: along one of its hidden dims or heads."""
-    found = []
+    """The layouts in which ranks may hold equal parts of a parameter: along one of its hidden dims or heads.
+
+    A mesh dim of the user's cuts it as one, split or not. Several of them cut what makes up its dim from the outside only: a
+    DTensor, which is what the parameter becomes, has no placements for anything else.
+    """
+    mesh, found = space.mesh, []
     for place, factor in enumerate(parameter.factors):
-        choices = [(R, Shard(place)) if factor in own & factors.inner else (R,) for own in space.factors]
-        for layout in itertools.product(*choices):
-            ranks = math.prod(space.mesh.sizes[m] for m in cutters(layout, place))
-            if ranks > 1 and factors.sizes[factor] % ranks == 0 and parameter.factors.count(factor) == 1:
-                found.append(layout)
+        if factor not in factors.inner or parameter.factors.count(factor) > 1:
+            continue
+        _, runs = dim_of(parameter, place, factors.sizes)
+        may = [name for name in mesh.whole if all(factor in space.factors[m] for m in mesh.dims_of(name))]
+        for count in range(1, len(may) + 1 if runs == 1 else 2):
+            for names in itertools.combinations(may, count):
+                if factors.sizes[factor] % math.prod(mesh.whole[name] for name in names) == 0:
+                    found.append(tuple(Shard(place) if name in names else R for name in mesh.part_of))
     return found
 
 

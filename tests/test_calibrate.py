@@ -15,6 +15,7 @@ from dsp_auto.calibrate import Sample, Timed, fit_kernel, fit_link, non_negative
 from dsp_auto.cost_models.compute import Launch
 from dsp_auto.cost_models.hardware import KINDS, Hardware, Kernel, Rate, as_hardware
 from dsp_auto.errors import DspError, MeshError
+from dsp_auto.mesh import as_mesh
 
 SIZES = [(2**a, 2**b) for a in range(10, 34, 4) for b in range(10, 26, 3)]
 
@@ -67,17 +68,17 @@ def test_where_only_latency_was_seen_the_bandwidth_stays_a_number():
 
 def small(rank, ranks, call, *args):
     """On a rank: a calibration in blocks too short to mean anything."""
-    calibrate.BLOCK_SECONDS, calibrate.COLLECTIVE_BYTES = 1e-5, (1024, 4096, 65536)
+    calibrate.BLOCK_SECONDS, calibrate.SWEEPS, calibrate.COLLECTIVE_BYTES = 1e-5, 2, (1024, 4096, 65536)
     return call(rank, ranks, *args)
 
 
-def _profile(rank, ranks, sizes, names):
-    found = calibrate.calibrate(init_device_mesh("cpu", sizes, mesh_dim_names=names), quick=True)
+def _profile(rank, ranks):
+    found = calibrate.calibrate(init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",)), quick=True)
     return found.hardware.to_json(), str(found)
 
 
 def test_all_ranks_get_the_same_profile_and_every_number_in_it_can_be_used(world):
-    told = world(2).run(small, _profile, (2,), ("sp",))
+    told = world(2).run(small, _profile)
     assert told[0] == told[1]
     hardware = Hardware.from_json(told[0][0])  # which refuses what is not positive and finite
     assert dict(hardware.measured["mesh"]) == {"sp": 2}
@@ -89,10 +90,28 @@ def test_all_ranks_get_the_same_profile_and_every_number_in_it_can_be_used(world
     assert all(name in told[0][1] for name in fits)
 
 
-def test_each_mesh_dim_gets_a_link_of_its_own(world):
-    told = world(4).run(small, _profile, (2, 2), ("dp", "sp"))
-    hardware = Hardware.from_json(told[0][0])
-    assert set(hardware.links) == {"dp", "sp"} and len({text for text, _ in told}) == 1
+def _links(rank, ranks):
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp", "tp", "sp"))
+    clock = calibrate._Clock("cpu", calibrate.BLOCK_SECONDS)
+    timed = list(calibrate._measure_collectives(mesh, as_mesh(mesh), clock, quick=False))
+    links, fits = calibrate._fit_links({key: [one, one] for key, one in timed})
+    return links, [fit.name for fit in fits], [(kind, one.steps, one.wire_bytes) for (_, kind, _), one in timed]
+
+
+def test_each_mesh_dim_of_several_ranks_gets_a_link_from_what_its_collectives_send(world):
+    told = world(4).run(small, _links)
+    for links, fits, timed in told:
+        assert set(links) == {"dp", "sp"} and all(set(link.kinds) == set(KINDS) for link in links.values())
+        assert fits == [f"{kind} over {name}" for name in ("dp", "sp") for kind in KINDS]
+        sent = {(kind, steps): wire for kind, steps, wire in timed[:: 3]}
+        # Of 1024 bytes that each of two ranks hands in.
+        assert sent == {
+            ("all_to_all", 1): 512,
+            ("all_gather", 1): 1024,
+            ("reduce_scatter", 1): 512,
+            ("all_reduce", 2): 1024,
+            ("send", 1): 1024,
+        }
 
 
 def _on_a_part(rank, ranks):
