@@ -163,21 +163,16 @@ def _spaces(factors: Factors, mesh: Mesh, strategy: str, preset: Preset) -> tupl
 
 
 def least_of_megatron(factors: Factors, ranks: int, training: bool) -> float:
-    """Wire bytes per device below which no plan comes that cuts every weight it can along its hidden dim or heads: what such an
-    op makes is summed over the ranks, and what it takes is brought together."""
-    moved, taken = 0, set()
+    """Wire bytes per device below which no plan comes that cuts every weight it can along its hidden dim or heads: what an op
+    with a contracted weight makes is summed over the ranks, by a reduce-scatter at least, whose backward is an all-gather."""
+    moved = 0
     cut = {factor for factor in factors.inner if factors.sizes[factor] >= ranks}
     for op in factors.ops:
         weights = [operand[0] in factors.weights for operand in op.operands]
         if op.rule is None or not any(weights) or all(weights) or not op.rule.contracts:
             continue
-        of_weight = {axis for dims, w in zip(op.rule.inputs, weights, strict=True) if w for dim in dims for axis in dim}
-        inner = {axis for axis in of_weight if cut.intersection(op.axes[axis])}
-        if inner & op.rule.reduces:
+        if any(cut.intersection(op.axes[axis]) for axis in op.rule.reduces):
             moved += sum(factors.values[result].nbytes for result in op.results)
-        elif inner:
-            taken |= {operand for operand, w in zip(op.operands, weights, strict=True) if not w}
-    moved += sum(factors.values[operand].nbytes for operand in taken)
     return (2 if training else 1) * moved * (ranks - 1) / ranks
 
 
