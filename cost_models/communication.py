@@ -4,6 +4,7 @@ For N ranks (of one mesh dim, or of several together) and a tensor of M bytes (M
 
     primitive        forward             backward                      paper's Table 8 (forward)
     switch           M/N (N-1)/N         the same                      M/N
+      hierarchical   M/N (over each dim) the same                      M/N
     split            0                   M (N-1)/N (all-gather)        0
     gather           M (N-1)/N           0                             M
       partial grad   M (N-1)/N           M (N-1)/N (reduce-scatter)    M
@@ -80,6 +81,24 @@ def _ways(primitive: str, ranks: int, leaves: float, partial_grad: bool) -> tupl
         "reduce_scatter": (scatter, gather),
         "replicate": (nothing, _Way("all_reduce", 2 * most, 2, 2)),  # in buckets, which are packed and unpacked
     }[primitive]
+
+
+def hierarchical_cost(
+    nbytes: float, ranks: int, leaves: tuple[float, float], *, grad: bool, hardware: Hardware | None = None, dims: Dims = ()
+) -> Cost:
+    """Of a `switch` over several mesh dims that goes over the inner ones first and then over the outermost.
+
+    leaves: of its part, the shares that a device sends over the outer dim, and over the inner ones.
+    """
+    held, ways = nbytes / ranks, 2 if grad else 1
+    outer, inner = (held * share for share in leaves)
+    seconds = 0.0
+    if hardware is not None:
+        # Packed, put in order between the two, and unpacked.
+        over = ((outer, dims[:1], 2 * held), (inner, dims[1:], 2 * held))
+        seconds = ways * sum(_seconds(hardware, "all_to_all", sent, own, copied) for sent, own, copied in over)
+    sent = outer + inner
+    return Cost(sent, sent if grad else 0.0, 2 * ways, held, seconds)
 
 
 def primitive_cost(

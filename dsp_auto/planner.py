@@ -279,7 +279,8 @@ def decide(prepared: Prepared) -> Solution:
 
 def _parts_may_be_better(prepared: Prepared, objective: float) -> bool:
     """Whether parameters in parts might send less than the plan with `objective` wire bytes that has them whole."""
-    if prepared.options.objective != "volume":
+    in_parts = any(isinstance(p, Shard) for layout in (prepared.held or {}).values() for p in layout)
+    if in_parts or prepared.options.objective != "volume":
         return True
     return least_of_megatron(prepared.factors, prepared.mesh.ranks, prepared.program.training) < objective
 

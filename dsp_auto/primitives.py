@@ -6,6 +6,7 @@
     P    -> R      reduce            all-reduce          backward: identity, or all-reduce
     P    -> S(i)   reduce_scatter    reduce-scatter      backward: gather
     R    -> R      replicate         identity            backward: one all-reduce of all gradients
+    S(i) -> S(j)   hierarchical_switch  two all-to-alls over two mesh dims, backward: the same j -> i
     S(i) -> ranges halo              all-to-all          backward: the borders' gradients go home and are added
 
 They are called as `torch.ops.dsp.switch(x, ...)`. `ranks`, `rank` and the group's name are arguments, so a
@@ -67,6 +68,25 @@ class _At(NamedTuple):
         return self._replace(direction="backward")
 
 
+class _Both(NamedTuple):
+    """Two mesh dims over which something goes one after the other; ranks count row-major, `outer` first."""
+
+    primitive: str
+    outer: _At
+    inner: _At
+
+    @property
+    def ranks(self) -> int:
+        return self.outer.ranks * self.inner.ranks
+
+    @property
+    def rank(self) -> int:
+        return self.outer.rank * self.inner.ranks + self.inner.rank
+
+    def backward(self) -> _Both:
+        return self._replace(outer=self.outer.backward(), inner=self.inner.backward())
+
+
 # The ops. Each checks, then runs.
 
 
@@ -87,6 +107,32 @@ def _switch(
     gathered = _check_shard(x, gather_dim, gather_size, at)
     scattered = _check_whole(x, scatter_dim, scatter_size, at)
     if ranks == 1:
+        return x
+    return _apply_switch(x, gather_dim, gathered, scatter_dim, scattered, at)
+
+
+def _hierarchical_switch(
+    x: Tensor,
+    gather_dim: int,
+    gather_size: list[int],
+    scatter_dim: int,
+    outer_ranks: int,
+    outer_rank: int,
+    outer_group: str,
+    ranks: int,
+    rank: int,
+    group: str,
+    scatter_size: list[int] | None = None,
+) -> Tensor:
+    inner = _site("hierarchical_switch", ranks, rank, group)
+    outer = _site("hierarchical_switch", outer_ranks, outer_rank, outer_group)
+    at = _Both("hierarchical_switch", outer, inner)
+    gather_dim, scatter_dim = _dim(x, gather_dim, at), _dim(x, scatter_dim, at)
+    if gather_dim == scatter_dim:
+        raise LayoutError(f"hierarchical_switch: gather_dim and scatter_dim are both {gather_dim}; nothing to switch")
+    gathered = _check_shard(x, gather_dim, gather_size, at)
+    scattered = _check_whole(x, scatter_dim, scatter_size, at)
+    if at.ranks == 1:
         return x
     return _apply_switch(x, gather_dim, gathered, scatter_dim, scattered, at)
 
@@ -168,6 +214,8 @@ def _halo(
 for _schema, _op in {
     "switch(Tensor x, int gather_dim, int[1] gather_size, int scatter_dim, int ranks, int rank, str group,"
     " int[]? scatter_size=None) -> Tensor": _switch,
+    "hierarchical_switch(Tensor x, int gather_dim, int[1] gather_size, int scatter_dim, int outer_ranks, int outer_rank,"
+    " str outer_group, int ranks, int rank, str group, int[]? scatter_size=None) -> Tensor": _hierarchical_switch,
     "split(Tensor x, int dim, int ranks, int rank, str group, bool partial_grad=False, int[]? size=None)"
     " -> Tensor": _split,
     "gather(Tensor x, int dim, int[1] size, int ranks, int rank, str group, bool partial_grad=False)"
@@ -183,7 +231,9 @@ for _schema, _op in {
 # Recorded by autograd only where somebody wants a gradient, in a forward or in a backward.
 
 
-def _apply_switch(x: Tensor, gather_dim: int, gathered: Sizes, scatter_dim: int, scattered: Sizes, at: _At) -> Tensor:
+def _apply_switch(
+    x: Tensor, gather_dim: int, gathered: Sizes, scatter_dim: int, scattered: Sizes, at: _At | _Both
+) -> Tensor:
     return (
         _Switch.apply(x, gather_dim, gathered, scatter_dim, scattered, at)
         if _wants_grad(x)
@@ -216,7 +266,7 @@ def _apply_reduce_scatter(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
 class _Switch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gather_dim: int, gathered: Sizes, scatter_dim: int, scattered: Sizes, at: _At
+        ctx: Any, x: Tensor, gather_dim: int, gathered: Sizes, scatter_dim: int, scattered: Sizes, at: _At | _Both
     ) -> Tensor:
         ctx.back = (scatter_dim, scattered, gather_dim, gathered)
         ctx.at = at
@@ -345,11 +395,17 @@ class _HaloBack(torch.autograd.Function):
 # What runs.
 
 
-def _run_switch(x: Tensor, gather_dim: int, gathered: Sizes, scatter_dim: int, scattered: Sizes, at: _At) -> Tensor:
+def _run_switch(
+    x: Tensor, gather_dim: int, gathered: Sizes, scatter_dim: int, scattered: Sizes, at: _At | _Both
+) -> Tensor:
     rest = _numel_without(x, gather_dim, scatter_dim)
-    sends = [gathered[at.rank] * n * rest for n in scattered]
-    receives = [n * scattered[at.rank] * rest for n in gathered]
-    received = _all_to_all(_pack(x, scatter_dim, scattered), receives, sends, at)
+    packed = _pack(x, scatter_dim, scattered)
+    if isinstance(at, _Both):
+        received = _all_to_all_in_turn(packed, gathered, scattered, rest, at)
+    else:
+        sends = [gathered[at.rank] * n * rest for n in scattered]
+        receives = [n * scattered[at.rank] * rest for n in gathered]
+        received = _all_to_all(packed, receives, sends, at)
     shape = _resized(x, gather_dim, sum(gathered))
     shape[scatter_dim] = scattered[at.rank]
     return _unpack(received, shape, gather_dim, gathered)
@@ -464,6 +520,29 @@ def _all_to_all(flat: Tensor, receives: list[int], sends: list[int], at: _At) ->
         receives, sends = [n * scale for n in receives], [n * scale for n in sends]
     received = _communicate(_c10d.all_to_all_single, at, wire, receives, sends, at.group)
     return _as_was(received, flat.dtype)
+
+
+def _all_to_all_in_turn(flat: Tensor, gathered: Sizes, scattered: Sizes, rest: int, at: _Both) -> Tensor:
+    """An all-to-all of blocks for all ranks of two mesh dims: over the inner one to the rank that stands where the receiver
+    does, then over the outer one, whose messages are as much fewer and larger as there are inner ranks."""
+    outer, inner, (p, q) = at.outer.ranks, at.inner.ranks, (at.outer.rank, at.inner.rank)
+    sizes = [gathered[at.rank] * n * rest for n in scattered]
+    sends = [sum(sizes[to::inner]) for to in range(inner)]
+    # What comes from the inner rank n for the outer rank m, and goes on to it.
+    passed = [[gathered[p * inner + n] * scattered[m * inner + q] * rest for m in range(outer)] for n in range(inner)]
+    flat = _all_to_all(_turned(flat, sizes, outer), [sum(row) for row in passed], sends, at.inner)
+    sends = [sum(row[m] for row in passed) for m in range(outer)]
+    receives = [sum(gathered[m * inner : (m + 1) * inner]) * scattered[at.rank] * rest for m in range(outer)]
+    return _all_to_all(_turned(flat, [n for row in passed for n in row], inner), receives, sends, at.outer)
+
+
+def _turned(flat: Tensor, sizes: list[int], rows: int) -> Tensor:
+    """The blocks of a flat tensor that lie in `rows` rows, column by column."""
+    columns = len(sizes) // rows
+    if _is_even(tuple(sizes)):
+        return flat.view(rows, columns, sizes[0]).transpose(0, 1).reshape(-1)
+    blocks = flat.split(sizes)
+    return torch.cat([blocks[row * columns + column] for column in range(columns) for row in range(rows)])
 
 
 _before_first: list[Callable[[], None]] = []
@@ -583,13 +662,13 @@ def _site(primitive: str, ranks: int, rank: int, group: str) -> _At:
     return _At(ranks, rank, group, primitive)
 
 
-def _dim(x: Tensor, dim: int, at: _At) -> int:
+def _dim(x: Tensor, dim: int, at: _At | _Both) -> int:
     if not -x.ndim <= dim < x.ndim:
         raise LayoutError(f"{at.primitive}: no dim {dim} in a tensor of shape {list(x.shape)}")
     return dim % x.ndim
 
 
-def _check_shard(x: Tensor, dim: int, size: list[int], at: _At) -> Sizes:
+def _check_shard(x: Tensor, dim: int, size: list[int], at: _At | _Both) -> Sizes:
     """The sizes of all ranks' shards along a dim of which x is this rank's."""
     sizes = _sizes(sum(size), size, dim, at)
     if x.shape[dim] != sizes[at.rank]:
@@ -600,7 +679,7 @@ def _check_shard(x: Tensor, dim: int, size: list[int], at: _At) -> Sizes:
     return sizes
 
 
-def _check_whole(x: Tensor, dim: int, size: list[int] | None, at: _At) -> Sizes:
+def _check_whole(x: Tensor, dim: int, size: list[int] | None, at: _At | _Both) -> Sizes:
     """The sizes of all ranks' shards along a dim of which x has all."""
     sizes = _sizes(x.shape[dim], size, dim, at)
     if sum(sizes) != x.shape[dim]:
@@ -608,7 +687,7 @@ def _check_whole(x: Tensor, dim: int, size: list[int] | None, at: _At) -> Sizes:
     return sizes
 
 
-def _sizes(whole: int, size: list[int] | None, dim: int, at: _At) -> Sizes:
+def _sizes(whole: int, size: list[int] | None, dim: int, at: _At | _Both) -> Sizes:
     given = [whole] if size is None else size
     if any(n < 0 for n in given):
         raise LayoutError(f"{at.primitive}: dim {dim} cannot have {min(given)} elements")

@@ -102,6 +102,8 @@ def moves(layout: Layout, placements: Collection[Placement]) -> Iterator[Step]:
                 if not inside or inside[0] < dims[0]:
                     after = tuple(b if m in dims else placement for m, placement in enumerate(layout))
                     yield Step(primitive, dims, layout, after)
+                    if primitive == "switch" and len(dims) > 1:
+                        yield Step("hierarchical_switch", dims, layout, after)
 
 
 def ways(

@@ -37,9 +37,8 @@ from .nodes import ValueId
 from .problem import TIE, Problem
 from .stages import Stage, Use, strip
 
-# Between plans of equal bytes, the one with fewer reshardings, and those between modules rather than inside them; then
-# the one that does less work twice. A resharding weighs `TIE` of the largest tensor, or of a second.
-# The objective's largest coefficient, and HiGHS's tolerances. With larger ones HiGHS 1.15 has called a plan optimal that is not.
+# The objective's largest coefficient, and HiGHS's tolerances. With larger ones HiGHS 1.15 has called a plan optimal that was
+# not.
 _SCALE = 1e4
 _PRECISE = {"mip_feasibility_tolerance": 1e-9, "mip_abs_gap": 0.0}
 
@@ -83,6 +82,8 @@ class Model:
         self.objective: Expression = {}
         made = [s.root.nbytes for s in self.graph.storages.values() if s.kind == "activation"]
         self._made_bytes = sum(made) or 1
+        # Between plans of equal bytes, the one with fewer reshardings, and those between modules rather than inside them; then
+        # the one that does less work twice. A resharding weighs `TIE` of the largest tensor, or of a second.
         self._tie = TIE * (max(made, default=1) if problem.objective == "volume" else 1.0)
         self._layouts: dict[tuple, ByLayout] = {}
         self._edges: dict[tuple, dict[tuple[Layout, Layout], Expression]] = {}

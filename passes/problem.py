@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dsp_auto.cost_models.communication import FREE, Cost, halo_cost, primitive_cost, ring_cost
+from dsp_auto.cost_models.communication import FREE, Cost, halo_cost, hierarchical_cost, primitive_cost, ring_cost
 from dsp_auto.cost_models.hardware import Hardware
 from dsp_auto.errors import StrategyError
 
@@ -56,6 +56,56 @@ class Inside:
     mesh_dims: tuple[int, ...]
     operand: int | None
     cost: Cost
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The two factors of a switch, and how much of them a device has whose place along mesh dims is `own`."""
+
+    graph: StageGraph
+    source: int
+    target: int
+    before: tuple[int, ...]  # the mesh dims that cut the one before the switch
+    after: tuple[int, ...]  # and the other one after it
+    outer: tuple[int, ...]  # of these, those that take no part
+
+    @classmethod
+    def of(cls, problem: Problem, root: Value, step: Step) -> _Ends:
+        before, after = cutters(step.before, step.source.place), cutters(step.after, step.target.place)
+        source, target = (root.factors[p.place] for p in (step.source, step.target))
+        return cls(problem.graph, source, target, before, after, tuple(m for m in after if m not in step.mesh_dims))
+
+    @property
+    def are_even(self) -> bool:
+        """Whether one of the factors is cut into equal parts."""
+        sizes = self.graph.factors.sizes
+        return not sizes[self.source] % self._ranks(self.before) or not sizes[self.target] % self._ranks(self.after)
+
+    def held(self, own: Mapping[int, int]) -> int:
+        return self._length(self.source, self.before, own)
+
+    def kept(self, own: Mapping[int, int]) -> int:
+        return self._length(self.target, self.after, own)
+
+    def there(self, own: Mapping[int, int]) -> int:
+        """Before the switch."""
+        return self._length(self.target, self.outer, own)
+
+    def mean(self, sent: Callable[[dict[int, int]], float]) -> float:
+        """The mean of `sent` over all devices, as a share of what one has in the mean."""
+        dims = sorted({*self.before, *self.after})
+        places = itertools.product(*(range(self.graph.mesh.sizes[m]) for m in dims))
+        total = sum(sent(dict(zip(dims, place))) for place in places)
+        sizes = self.graph.factors.sizes
+        even = sizes[self.source] / self._ranks(self.before) * sizes[self.target] / self._ranks(self.outer)
+        return total / self._ranks(dims) / even
+
+    def _ranks(self, dims: Sequence[int]) -> int:
+        return math.prod(self.graph.mesh.sizes[m] for m in dims)
+
+    def _length(self, factor: int, dims: tuple[int, ...], own: Mapping[int, int]) -> int:
+        coordinate = [own.get(m, 0) for m in range(len(self.graph.mesh.sizes))]
+        return self.graph.lengths(factor, dims)[self.graph.line(dims, coordinate)]
 
 
 class Problem:
@@ -127,16 +177,17 @@ class Problem:
         root = self.graph.storages[storage].root
         key = (self._sizes(root), step, grad)
         if key not in self._costs:
-            ends = (step.source, step.target)
-            self._costs[key] = primitive_cost(
-                step.primitive,
-                self._shared_out(root.nbytes, step.before, step.mesh_dims),
-                math.prod(self.graph.mesh.sizes[m] for m in step.mesh_dims),
-                leaves=self._leaves(root, step) if step.primitive == "switch" else None,
-                grad=grad,
-                partial_grad=any(isinstance(p, Replicate) and p.partial_grad for p in ends),
-                **self._on(step.mesh_dims),
-            )
+            ranks = math.prod(self.graph.mesh.sizes[m] for m in step.mesh_dims)
+            of = (self._shared_out(root.nbytes, step.before, step.mesh_dims), ranks)
+            on = {"grad": grad, **self._on(step.mesh_dims)}
+            if step.primitive == "hierarchical_switch":
+                cost = hierarchical_cost(*of, self._leaves_in_turn(root, step), **on)
+            elif step.primitive == "switch":
+                cost = primitive_cost("switch", *of, leaves=self._leaves(root, step), **on)
+            else:
+                partial = any(isinstance(p, Replicate) and p.partial_grad for p in (step.source, step.target))
+                cost = primitive_cost(step.primitive, *of, partial_grad=partial, **on)
+            self._costs[key] = cost
         return self._costs[key]
 
     def _on(self, mesh_dims: Sequence[int]) -> dict[str, Any]:
@@ -147,27 +198,36 @@ class Problem:
     def _leaves(self, root: Value, step: Step) -> float:
         """The share of what a device holds that leaves it in a `switch`, the mean over all devices: what it holds of the one
         factor, less what it keeps of the other."""
-        mesh, graph = self.graph.mesh, self.graph
-        source, target = (root.factors[p.place] for p in (step.source, step.target))
-        before, after = cutters(step.before, step.source.place), cutters(step.after, step.target.place)
-        sizes = graph.factors.sizes
-        ranks = math.prod(mesh.sizes[m] for m in step.mesh_dims)
-        cut = [math.prod(mesh.sizes[m] for m in dims) for dims in (before, after)]
-        if sizes[source] % cut[0] == 0 or sizes[target] % cut[1] == 0:
+        ends = _Ends.of(self, root, step)
+        ranks = math.prod(self.graph.mesh.sizes[m] for m in step.mesh_dims)
+        if ends.are_even:
             return (ranks - 1) / ranks
-        held, kept = graph.lengths(source, before), graph.lengths(target, after)
-        outer = tuple(m for m in after if m not in step.mesh_dims)
-        there = graph.lengths(target, outer)
-        sent, dims = 0, sorted({*before, *after})
-        for own in itertools.product(*(range(mesh.sizes[m]) for m in dims)):
-            at = dict(zip(dims, own))
-            coordinate = [at.get(m, 0) for m in range(len(mesh.sizes))]
-            mine = held[graph.line(before, coordinate)]
-            sent += mine * (there[graph.line(outer, coordinate)] - kept[graph.line(after, coordinate)])
-        # In the mean a device holds an even share of both.
-        devices = math.prod(mesh.sizes[m] for m in dims)
-        even = sizes[source] / cut[0] * sizes[target] / math.prod(mesh.sizes[m] for m in outer)
-        return sent / devices / even
+        return ends.mean(lambda own: ends.held(own) * (ends.there(own) - ends.kept(own)))
+
+    def _leaves_in_turn(self, root: Value, step: Step) -> tuple[float, float]:
+        """The same for a `hierarchical_switch`: over the outermost mesh dim, and over the others."""
+        sizes = self.graph.mesh.sizes
+        outer, inner = step.mesh_dims[0], step.mesh_dims[1:]
+        ends = _Ends.of(self, root, step)
+        if ends.are_even:
+            ranks = math.prod(sizes[m] for m in inner)
+            return (sizes[outer] - 1) / sizes[outer], (ranks - 1) / ranks
+        lines = list(itertools.product(*(range(sizes[m]) for m in inner)))
+
+        def at(own: dict[int, int], first: int, rest: tuple[int, ...]) -> dict[int, int]:
+            return {**own, outer: first, **dict(zip(inner, rest))}
+
+        def over_inner(own: dict[int, int]) -> float:
+            here = tuple(own[m] for m in inner)
+            kept = sum(ends.kept(at(own, first, here)) for first in range(sizes[outer]))
+            return ends.held(own) * (ends.there(own) - kept)
+
+        def over_outer(own: dict[int, int]) -> float:
+            here = tuple(own[m] for m in inner)
+            others = sum(ends.kept(at(own, first, here)) for first in range(sizes[outer]) if first != own[outer])
+            return sum(ends.held(at(own, own[outer], rest)) for rest in lines) * others
+
+        return ends.mean(over_outer), ends.mean(over_inner)
 
     def inside(self, stage: int, strategy: int) -> tuple[Inside, ...]:
         """What a stage's op communicates while it runs one of its strategies."""
@@ -281,7 +341,9 @@ class Problem:
 
     def lines(self, choice: Sequence[int]) -> list[tuple[int, ...]]:
         """The sets of mesh dims that something is communicated over, in order."""
-        found = {step.mesh_dims for resharding in self.reshardings(choice) for step in resharding.steps}
+        steps = [step for resharding in self.reshardings(choice) for step in resharding.steps]
+        in_turn = [step.mesh_dims for step in steps if step.primitive == "hierarchical_switch"]
+        found = {step.mesh_dims for step in steps} | {part for dims in in_turn for part in (dims[:1], dims[1:])}
         for stage in self.graph.stages:
             found |= {inside.mesh_dims for inside in self.inside(stage.index, choice[stage.index])}
         return sorted(found)

@@ -272,6 +272,12 @@ class _Writer:
             size, after = self._sizes(storage, step, step.before), self._sizes(storage, step, step.after)
             uneven = [after] if len(after) > 1 else []
             new = self.emit(dsp.switch.default, node, dim_of[source.place], size, dim_of[target.place], *where, *uneven)
+        elif step.primitive == "hierarchical_switch":
+            size, after = self._sizes(storage, step, step.before), self._sizes(storage, step, step.after)
+            both = (*self._where(step.mesh_dims[:1]), *self._where(step.mesh_dims[1:]))
+            ends = (dim_of[source.place], size, dim_of[target.place])
+            uneven = [after] if len(after) > 1 else []
+            new = self.emit(dsp.hierarchical_switch.default, node, *ends, *both, *uneven)
         elif step.primitive == "split":
             size = self._sizes(storage, step, step.after)
             uneven = [size] if len(size) > 1 else []
