@@ -6,9 +6,9 @@ import copy
 import hashlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -20,6 +20,16 @@ from .agreement import Agreement
 from .errors import DspError, LayoutError, MeshError
 from .groups import group_names, place_in
 from .mesh import as_mesh
+from .parameters import (
+    copy_parameters,
+    fake_whole_parameters,
+    held_layouts,
+    hold,
+    how_held,
+    local_value,
+    parts_of_plan,
+    placements_in,
+)
 from .passes.capture import Program, capture, ordered_kwargs
 from .passes.checkpointing import local_module
 from .passes.nodes import node_call
@@ -28,6 +38,9 @@ from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .primitives import before_first_collective
 from .signature import as_text, describe, named_inputs, signature, whole_shape
+
+# The same containers, not copies: what is loaded, moved or replaced in a parallel module is so in its model.
+_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_load_state_dict_pre_hooks")
 
 
 def parallelize(
@@ -54,6 +67,12 @@ def parallelize(
     with `args` and `kwargs`. Every rank passes the same full inputs and gets the same full outputs, and after `backward()`
     holds the gradients one device would, unless `in_layouts` and `out_layouts` say otherwise. The module shares the
     model's parameters, buffers and submodules, and so its `state_dict` keys.
+
+    Where the plan holds parameters in parts (see `shard_parameters`), all parameters of the model become DTensors over `mesh`
+    once it is made, and so do their gradients: of whole shape, with this rank's part in memory. So they stay, for plans of
+    other signatures too. Optimizers made before go on with them; a list of the old parameters kept elsewhere does not.
+    `state_dict`, then to be called on all ranks, has DTensors whose parts are ranges of a dim, for
+    `torch.distributed.checkpoint`; `load_state_dict` takes whole tensors or DTensors. Buffers stay whole.
 
     Options as in `dsp_auto.plan`; max_signatures: how many plans are kept, the least recently used goes first.
 
@@ -91,9 +110,21 @@ class _Prepared:
     plan: Plan
     module: fx.GraphModule
     run: Callable[..., tuple]
-    sources: list[tuple[dict[str, Any], str] | torch.Tensor | None]  # None: the next user input
+    sources: list[_Held | torch.Tensor | None]  # None: the next user input
     program: Program
     draws: bool  # random numbers
+
+
+class _Held(NamedTuple):
+    """A parameter or buffer of the model: `values[name]`. whole: the program takes it whole, though it is held in parts."""
+
+    values: dict[str, Any]
+    name: str
+    whole: bool = False
+
+    @property
+    def value(self) -> Any:
+        return local_value(self.values[self.name], self.whole)
 
 
 @dataclass
@@ -107,6 +138,7 @@ class _State:
     agreement: Agreement
     kept: OrderedDict[tuple, _Prepared] = field(default_factory=OrderedDict)
     latest: _Prepared | None = None
+    in_parts: bool = False  # the model's parameters are DTensors over `mesh`
 
 
 class ParallelModule(nn.Module):
@@ -118,12 +150,12 @@ class ParallelModule(nn.Module):
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, options: Options, max_signatures: int = 16) -> None:
         super().__init__()
-        # The same containers, not copies: what is loaded, moved or replaced in one is so in the other.
-        for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        for shared in _SHARED:
             self.__dict__[shared] = model.__dict__[shared]
         self.training = model.training
         # Not as a submodule, which would double every key.
-        self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh))
+        in_parts = bool(placements_in(model, mesh))
+        self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), in_parts=in_parts)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
@@ -147,6 +179,7 @@ class ParallelModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
         state = self._dsp
+        copy_parameters(state.model, memo)
         made = ParallelModule(copy.deepcopy(state.model, memo), state.mesh, state.options, state.max_signatures)
         memo[id(self)] = made
         return made
@@ -196,14 +229,16 @@ class ParallelModule(nn.Module):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         prepared, leaves, finish = self._find(args, kwargs)
         inputs = iter(leaves)
-        values = [
-            next(inputs) if source is None else source if isinstance(source, torch.Tensor) else source[0][source[1]]
-            for source in prepared.sources
-        ]
         program = prepared.program
         # The ranks' agreement is on its way while they compute, and must be there before they communicate.
         agreed = before_first_collective(finish)
         try:
+            if any(isinstance(source, _Held) and source.whole for source in prepared.sources):
+                agreed()
+            values = [
+                next(inputs) if source is None else source.value if isinstance(source, _Held) else source
+                for source in prepared.sources
+            ]
             if prepared.draws:
                 agreed()
                 self._check_random()
@@ -233,11 +268,10 @@ class ParallelModule(nn.Module):
         state = self._dsp
         kwargs = dict(sorted(kwargs.items()))
         shapes = self._global_shapes(args, kwargs) if state.options.in_layouts else {}
-        read, identity = signature(state.model, args, kwargs, shapes)
-        key = (read, identity)
+        key = self._signature(args, kwargs, shapes)
         prepared = state.kept.get(key)
         finish = state.agreement.begin_check(
-            "new " + as_text(read) if prepared is None else prepared.signature,
+            "new " + as_text(key[0]) if prepared is None else prepared.signature,
             lambda: describe(args, kwargs, self.training),
             asked="the ranks were called with different arguments",
             remedy="every rank must pass the same inputs (same shapes, dtypes, modes and non-tensor arguments)",
@@ -245,7 +279,8 @@ class ParallelModule(nn.Module):
         if prepared is None:
             finish()
             finish = _nothing
-            prepared = self._prepare(args, kwargs, shapes, as_text(read))
+            prepared = self._prepare(args, kwargs, shapes)
+            key = self._signature(args, kwargs, shapes)  # which changes where the plan holds parameters in parts
             state.kept[key] = prepared
             if len(state.kept) > state.max_signatures:
                 state.kept.popitem(last=False)
@@ -253,16 +288,17 @@ class ParallelModule(nn.Module):
         state.latest = prepared
         return prepared, pytree.tree_leaves((args, ordered_kwargs(kwargs, prepared.program.in_spec))), finish
 
-    def _prepare(
-        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], text: str
-    ) -> _Prepared:
+    def _signature(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> tuple:
+        """What is equal on every rank, how parameters are held included, and which objects the model is made of."""
+        state = self._dsp
+        read, identity = signature(state.model, args, kwargs, shapes)
+        return (*read, how_held(identity) if state.in_parts else ()), identity
+
+    def _prepare(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> _Prepared:
         state, agreement = self._dsp, self._dsp.agreement
-        call = _whole_arguments(args, kwargs, shapes) if shapes else (args, kwargs)
-        ready: Prepared = agreement.together(
-            lambda: prepare(capture(state.model, *call), as_mesh(state.mesh), state.options)
-        )
+        ready, whole = agreement.together(lambda: self._ready(args, kwargs, shapes))
         solution = agreement.from_first(lambda: decide(ready))
-        groups = group_names(state.mesh, ready.problems[solution.space].graph.mesh)
+        groups = group_names(state.mesh, ready.problem(solution.space).graph.mesh)
         plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups))
         module = local_module(graph, ready.program.module)
         agreement.check(
@@ -271,8 +307,30 @@ class ParallelModule(nn.Module):
             asked="the ranks do not hold the same model or plan",
             remedy="run the same code and versions on every rank",
         )
-        sources = self._sources(ready.program)
+        problem = ready.problem(solution.space)
+        parts = parts_of_plan(ready.program, problem.graph, lambda value: problem.made(value, solution.choice))
+        if parts and not state.in_parts:
+            hold(state.model, state.mesh, parts)
+            state.in_parts = True
+            state.kept.clear()  # their programs take whole parameters
+        text = as_text(self._signature(args, kwargs, shapes)[0])
+        sources = self._sources(ready.program, whole)
         return _Prepared(text, plan, module, module.forward, sources, ready.program, _draws(ready))
+
+    def _ready(
+        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]
+    ) -> tuple[Prepared, frozenset[str]]:
+        """What is to be decided, and the names of the parameters held in parts that the program must be given whole."""
+        state, mesh = self._dsp, as_mesh(self._dsp.mesh)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        call = _whole_arguments(mode, args, kwargs, shapes) if shapes or state.in_parts else (args, kwargs)
+        if not state.in_parts:
+            return prepare(capture(state.model, *call), mesh, state.options), frozenset()
+        with fake_whole_parameters(state.model, mode):
+            program = capture(state.model, *call)
+        ready = prepare(program, mesh, state.options)
+        held, whole = held_layouts(program, ready.factors, mesh, placements_in(state.model, state.mesh))
+        return replace(ready, held=held), whole
 
     def _check_random(self) -> None:
         """What all ranks hold they must draw alike, and the seeds of what they share too."""
@@ -287,7 +345,7 @@ class ParallelModule(nn.Module):
             remedy="call torch.manual_seed with one seed on every rank",
         )
 
-    def _sources(self, program: Program) -> list[Any]:
+    def _sources(self, program: Program, whole: Collection[str]) -> list[Any]:
         found: list[Any] = []
         for entry in program.inputs:
             if entry.kind == "input":
@@ -297,7 +355,8 @@ class ParallelModule(nn.Module):
             else:
                 path, _, name = entry.name.rpartition(".")
                 owner = self._dsp.model.get_submodule(path)
-                found.append((owner._parameters if entry.kind == "parameter" else owner._buffers, name))
+                values = owner._parameters if entry.kind == "parameter" else owner._buffers
+                found.append(_Held(values, name, entry.kind == "parameter" and entry.name in whole))
         return found
 
     def _global_shapes(self, args: tuple, kwargs: dict[str, Any]) -> dict[int, tuple[int, ...]]:
@@ -328,7 +387,7 @@ def _nothing() -> None:
 def _draws(ready: Prepared) -> bool:
     """Whether the program draws random numbers, as far as its rules know; an op without a rule may."""
     seeded = torch.Tag.nondeterministic_seeded
-    ops = ready.problems[0].graph.factors.ops
+    ops = ready.factors.ops
     return any(
         op.rule.is_random
         if op.rule
@@ -337,9 +396,10 @@ def _draws(ready: Prepared) -> bool:
     )
 
 
-def _whole_arguments(args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> tuple[tuple, dict]:
+def _whole_arguments(
+    mode: FakeTensorMode, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]
+) -> tuple[tuple, dict]:
     """Fake arguments of the whole shapes, to capture with."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         with mode:

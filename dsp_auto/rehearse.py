@@ -92,7 +92,7 @@ def rehearse(
         values, alone = _of_model(model, program, tuple(args), dict(kwargs or {}))
     prepared = prepare(program, mesh, checked)
     solution = decide(prepared)
-    problem = prepared.problems[solution.space]
+    problem = prepared.problem(solution.space)
     mesh = problem.graph.mesh
     parts = _Parts.of(program, problem.graph, lambda value: problem.made(value, solution.choice))
     coordinates = [mesh.coordinate(rank) for rank in range(mesh.ranks)]

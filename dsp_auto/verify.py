@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from .errors import DspError
@@ -87,7 +88,9 @@ def compare(
         torch.manual_seed(1)
         with CountCollectives() as count:
             found = parallel(*args, **kwargs)
-            own = gradients(model, found, inputs) if backward else {}
+            if backward:
+                _backward(model, found, inputs)
+        own = _gradients(model, inputs) if backward else {}
     return Comparison(_output_deviation(found, expected), worst(own, reference), plan, dict(count.by_primitive))
 
 
@@ -103,7 +106,13 @@ def deviation(own: torch.Tensor, reference: torch.Tensor, scale: float = 0.0) ->
 
 
 def gradients(model: nn.Module, outputs: Any, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    """Gradients, by name, of a loss that weighs every output element differently."""
+    """Gradients, by name, of a loss that weighs every output element differently. Those of DTensors are put together, on all
+    their ranks."""
+    _backward(model, outputs, inputs)
+    return _gradients(model, inputs)
+
+
+def _backward(model: nn.Module, outputs: Any, inputs: Sequence[torch.Tensor]) -> None:
     loss = 0.0
     for leaf in pytree.tree_leaves(outputs):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
@@ -114,9 +123,15 @@ def gradients(model: nn.Module, outputs: Any, inputs: Sequence[torch.Tensor]) ->
     for tensor in [*model.parameters(), *inputs]:
         tensor.grad = None
     loss.backward()
+
+
+def _gradients(model: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | None]:
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     found |= {f"input {n}": tensor.grad for n, tensor in enumerate(inputs)}
-    return {name: None if grad is None else grad.clone() for name, grad in found.items()}
+    return {
+        name: None if grad is None else grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+        for name, grad in found.items()
+    }
 
 
 def traffic(plan: Plan, measured: Sequence[Mapping[tuple[str, str], tuple[int, float]]]) -> list[Traffic]:
