@@ -41,7 +41,8 @@ class Enter:
 
 @dataclass(frozen=True)
 class PlanStage:
-    """Neighbouring ops that run on one layout. `layout`: per mesh dim the sharded factor, or "R"."""
+    """Neighbouring ops that run on one layout. `layout`: per mesh dim the sharded factor, or "R"; of one that the planner has
+    split that of each part, `T x S`, where they differ."""
 
     index: int
     name: str
@@ -56,7 +57,7 @@ class Plan:
     """What `dsp_auto.plan` decided, as plain data.
 
     mesh: the mesh dims and their sizes. split: where the planner has split one (8 ranks as 4 x 2), the dims that it used
-        instead, which `layout`s name.
+        instead, which primitives name.
     communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
         counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
     memory: bytes of activations per device at the worst program point, and the capacity they were held under.
@@ -156,9 +157,11 @@ class Plan:
 
     def _headline(self) -> str:
         mesh = " x ".join(f"{name}={size}" for name, size in self.mesh.items())
+        split = f" (split: {', '.join(f'{name}={size}' for name, size in self.split.items())})" if self.split else ""
         factors = ", ".join(f"{f['name']}={f['size']}" for f in self.factors if f["kind"] == "sequence")
         return (
-            f"mesh {mesh}, strategy {self.strategy}, objective {self.objective}; sequence factors {factors or 'none'}"
+            f"mesh {mesh}{split}, strategy {self.strategy}, objective {self.objective}; "
+            f"sequence factors {factors or 'none'}"
         )
 
     def _totals(self) -> str:

@@ -225,8 +225,15 @@ def _layout(problem: Problem, choice: Sequence[int], group: Sequence[Stage]) -> 
     if group[0].kind == OUTPUT and group[0].uses:
         use = group[0].uses[0]
         names = graph.factors.factor_names(use.storage)
-        return {name: show_placement(p, names) for name, p in zip(graph.mesh.names, use.wanted[0])}
-    return {name: "R" if f is None else graph.factors.names[f] for name, f in zip(graph.mesh.names, sharded)}
+        shown = [show_placement(placement, names) for placement in use.wanted[0]]
+    else:
+        shown = ["R" if factor is None else graph.factors.names[factor] for factor in sharded]
+    # The parts of a dim that is split, where they differ: `T x S`.
+    parts = {name: dict.fromkeys(shown[m] for m in graph.mesh.dims_of(name)) for name in graph.mesh.whole}
+    return {
+        name: " x ".join(shown[m] for m in graph.mesh.dims_of(name)) if len(own) > 1 else next(iter(own))
+        for name, own in parts.items()
+    }
 
 
 def _enter(problem: Problem, reshardings: Sequence[Resharding]) -> list[Enter]:

@@ -102,8 +102,8 @@ def planned(case: str) -> tuple[Plan, list[Placed]]:
     model, args, kwargs = build(**arguments)
     ready = prepare(capture(model.train(), args, kwargs), as_mesh(3), Options.of(dim_names=dim_names))
     solution = decide(ready)
-    plan, _ = finish(ready, solution, (0,), ("sp",))
-    graph = ready.problem.graph
+    plan, _ = finish(ready, solution)
+    graph = ready.problem(solution.space).graph
     factors, choice = graph.factors, solution.choice
     placeholders = [node.name for node in ready.program.graph.nodes if node.op == "placeholder"]
     weights = {name for name, entry in zip(placeholders, ready.program.inputs) if entry.kind != "input"}
