@@ -1,9 +1,9 @@
 """How long planning takes beside `torch.export`, and how that grows with the number of ranks.
 
 The paper's Transformer-2D at its 720M sizes (28 layers, hidden 1152, 16 heads, S 4096) on fake weights: T 128 planned for
-8 ranks, T 1024 for 1,024. Every repetition is a fresh process, the two cases in turn; "export" is the
-time inside `torch.export.export`, "planning" is factorize + enumerate + stages + solve + rewrite. Prints a table of medians
-and writes JSON.
+8 ranks, T 1024 for 1,024, and T 128 for a mesh of 4x8 by `auto`. Every repetition is a fresh process, the cases in turn;
+"export" is the time inside `torch.export.export`, "planning" is factorize + enumerate + stages + solve + rewrite. Prints a
+table of medians and writes JSON.
 
     python benchmarks/planning.py [--repetitions 3] [--out benchmarks/results/planning.json]
 """
@@ -27,19 +27,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dsp_auto
 from dsp_auto.examples.transformer_2d import build
 
-CASES = [{"ranks": 8, "frames": 128}, {"ranks": 1024, "frames": 1024}]
+CASES = [
+    {"mesh": "8", "frames": 128},
+    {"mesh": "1024", "frames": 1024},
+    {"mesh": "4x8", "frames": 128, "strategy": "auto"},
+]
 SIZES = {"hidden": 1152, "heads": 16, "tokens": 4096}
-BARS = {"planning to export": 0.25, "1,024 ranks to 8": 1.2, "peak RSS in GB": 1.5}
+BARS = {"planning to export": 0.25, "1,024 ranks to 8": 1.2, "auto on 4x8 to export": 1.0, "peak RSS in GB": 1.5}
 
 
-def measure(ranks: int, frames: int, layers: int) -> dict[str, Any]:
+def measure(mesh: str, frames: int, layers: int, strategy: str | None = None) -> dict[str, Any]:
     """One plan, in this process."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, args, kwargs = build(**SIZES, frames=frames, layers=layers)
-    plan = dsp_auto.plan(model, ranks, args, kwargs, dim_names=build.dim_names)
+    plan = dsp_auto.plan(model, mesh, args, kwargs, dim_names=build.dim_names, strategy=strategy)
     planning = plan.seconds["plan"] + plan.seconds["rewrite"]
     return {
-        "ranks": ranks,
+        "mesh": mesh,
+        "strategy": plan.strategy,
         "frames": frames,
         "export_s": plan.seconds["export"],
         "plan_s": plan.seconds["plan"],
@@ -52,10 +57,18 @@ def measure(ranks: int, frames: int, layers: int) -> dict[str, Any]:
     }
 
 
-def apart(case: dict[str, int], layers: int) -> dict[str, Any]:
+def apart(case: dict[str, Any], layers: int) -> dict[str, Any]:
     """`measure` in a fresh process."""
     argv = [sys.executable, __file__, "--once", json.dumps({**case, "layers": layers})]
     return json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of every number; what is none is the same in all runs."""
+    return {
+        key: value if isinstance(value, str) else statistics.median(run[key] for run in runs)
+        for key, value in runs[0].items()
+    }
 
 
 def main() -> None:
@@ -69,10 +82,11 @@ def main() -> None:
         print(json.dumps(measure(**options.once)))
         return
     runs = [[apart(case, options.layers) for case in CASES] for _ in range(options.repetitions)]
-    rows = [{key: statistics.median(run[n][key] for run in runs) for key in runs[0][n]} for n in range(len(CASES))]
+    rows = [_medians([run[n] for run in runs]) for n in range(len(CASES))]
     ratios = {
         "planning to export": rows[0]["ratio"],
-        "1,024 ranks to 8": statistics.median(large["planning_s"] / small["planning_s"] for small, large in runs),
+        "1,024 ranks to 8": statistics.median(run[1]["planning_s"] / run[0]["planning_s"] for run in runs),
+        "auto on 4x8 to export": rows[2]["ratio"],
         "peak RSS in GB": max(run[n]["peak_rss_gb"] for run in runs for n in range(len(CASES))),
     }
     print(f"{options.layers} layers, {options.repetitions} repetitions, medians\n")

@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 from dsp_auto.errors import CaptureError, InfeasibleError, LayoutError, MeshError, NoShardableFactorError
 from dsp_auto.mesh import Mesh, as_mesh
 from dsp_auto.passes.capture import GraphInput, Program
+from dsp_auto.passes.presets import PRESETS
 from dsp_auto.passes.propagate import propagate
 from dsp_auto.passes.prove import Example
 from dsp_auto.passes.rules import registered
@@ -447,6 +448,8 @@ def _drawn_options(
     options: dict[str, Any] = {}
     if draw.random() < 0.15:
         options["objective"] = "time"
+    if draw.random() < 0.7:
+        options["strategy"] = draw.choices(list(PRESETS), [4 if name == "auto" else 1 for name in PRESETS])[0]
     if draw.random() < 0.35:
         named = [(entry.name, value) for entry, value in zip(program.inputs, values) if entry.kind == "input"]
         specs = {name: _drawn_layout(draw, value.shape, mesh) for name, value in named if draw.random() < 0.6}
