@@ -13,7 +13,7 @@ demo: $(VENV)/stamp-run
 	$(VENV)/bin/dsp-auto demo
 
 test: $(VENV)/stamp-test
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/stamp-test
 	$(VENV)/bin/ruff check .
