@@ -1,5 +1,6 @@
 """Runs an unmodified PyTorch model on N devices by sharding its sequence dims, with the least communication."""
 
+from .compare import Comparison, compare
 from .errors import (
     AgreementError,
     CaptureError,
@@ -20,6 +21,7 @@ from .planner import plan
 __all__ = [
     "AgreementError",
     "CaptureError",
+    "Comparison",
     "DspError",
     "InfeasibleError",
     "LayoutError",
@@ -30,6 +32,7 @@ __all__ = [
     "ProofError",
     "RuleError",
     "StrategyError",
+    "compare",
     "parallelize",
     "plan",
     "register_rule",

@@ -1,4 +1,5 @@
-"""`dsp-auto`: explain a plan, show on this computer that it is right, or tell the rule of an op."""
+"""`dsp-auto`: explain a plan, compare strategies, show on this computer that plans are right, tell the rule of an op, or
+measure a mesh."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,13 +20,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .compare import compare as compare_strategies
 from .errors import DspError
-from .plan import Plan
+from .passes.presets import PRESETS
 from .planner import plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 1 where `demo` finds a disagreement, or 2 with one line on stderr where the input is bad."""
+    """Exit code: 0, or 1 where `demo` finds a disagreement, or 2 where `compare` finds no strategy that can run; and 2 with
+    one line on stderr where the input is bad."""
     try:
         options = _parser().parse_args(argv)
         return options.run(options)
@@ -35,10 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(options: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the plan alone
-        found = _plan(options)
+    with contextlib.redirect_stdout(sys.stderr), _call(options) as (args, given):  # stdout is for the plan alone
+        found = plan(*args, strategy=options.strategy, **given)
     print(found.to_json(indent=2) if options.json else found)
     return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr), _call(options) as (args, given):
+        found = compare_strategies(*args, strategies=options.strategies, layers=options.layers, **given)
+    print(found.to_json(indent=2) if options.json else found)
+    return 0 if found.runnable else 2
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -61,23 +71,24 @@ def rules(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+@contextlib.contextmanager
+def _call(options: argparse.Namespace) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """What `plan` and `compare` are both called with: model, mesh, args and kwargs, and options by name."""
     arguments, dim_names = _arguments(options.argument), _pairs("--dim-names", options.dim_names)
     factory = _load(options.target)
     model, args, kwargs = _build(factory, options.target, arguments)
     if options.inference:
         model.eval()
     with torch.set_grad_enabled(not options.inference):
-        return plan(
-            model,
-            options.mesh,
-            args,
-            kwargs,
-            objective=options.objective,
-            strategy=options.strategy,
-            capacity=options.capacity,
-            hardware=options.hardware,
-            dim_names=dim_names or getattr(factory, "dim_names", None),
+        yield (
+            (model, options.mesh, args, kwargs),
+            {
+                "objective": options.objective,
+                "capacity": options.capacity,
+                "hardware": options.hardware,
+                "shard_parameters": options.shard_parameters,
+                "dim_names": dim_names or getattr(factory, "dim_names", None),
+            },
         )
 
 
@@ -195,22 +206,23 @@ def _parser() -> argparse.ArgumentParser:
 
     entry = commands.add_parser("explain", help="print the plan of a model", description=_EXPLAIN)
     entry.set_defaults(run=explain)
-    entry.add_argument("target", metavar="TARGET", help="package.module:factory or path/to/file.py:factory")
-    entry.add_argument("--mesh", required=True, help='ranks, "8" or "2x4"')
-    _add_arguments(entry, "of the factory")
+    _add_planning(entry)
     entry.add_argument("--json", action="store_true", help="the plan as JSON")
-    entry.add_argument("--objective", default="volume", help='"volume" (wire bytes, the default) or "time"')
-    entry.add_argument("--strategy", default="auto", help='"auto" (the default) or "dsp"')
-    entry.add_argument("--capacity", help='memory for activations on a device, "80GB"')
-    entry.add_argument("--hardware", help='profile for the objective "time", "h100"')
-    entry.add_argument("--inference", action="store_true", help="plan the forward of model.eval() without gradients")
     entry.add_argument(
-        "--dim-names",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="INPUT=DIMS",
-        help="names of an input's dims: video=\"B T S C\"; else the factory's own attribute dim_names",
+        "--strategy",
+        choices=PRESETS,
+        help='without it, "dsp" for a model of several long sequences, else "auto" with whole parameters',
+    )
+    entry.add_argument("--hardware", metavar="PROFILE", help=f'{_HARDWARE} for the objective "time"; h100 without it')
+
+    entry = commands.add_parser("compare", help="print what each strategy would send and take", description=_COMPARE)
+    entry.set_defaults(run=compare)
+    _add_planning(entry)
+    entry.add_argument("--json", action="store_true", help="all plans and figures as JSON")
+    entry.add_argument("--strategies", nargs="+", choices=PRESETS, help="these alone; all without it")
+    entry.add_argument("--layers", type=int, metavar="N", help="the model's layers; its repeated blocks without it")
+    entry.add_argument(
+        "--hardware", metavar="PROFILE", default="h100", help=f"{_HARDWARE} that the step is predicted for; h100 without it"
     )
 
     entry = commands.add_parser("demo", help="run the paper's Transformer-2D on processes of this computer")
@@ -232,14 +244,53 @@ def _parser() -> argparse.ArgumentParser:
     )
     entry.add_argument("--example", help='a call: sizes of tensors and other arguments, "2x5x8, 2x7x8:bfloat16, dim=1"')
     entry.add_argument("--inference", action="store_true", help="look for a rule without gradients")
+
+    from . import calibrate
+
+    entry = commands.add_parser("calibrate", help="measure this mesh and write a hardware profile")
+    calibrate.add_arguments(entry)
+    entry.set_defaults(run=calibrate.run)
     return parser
 
 
 _EXPLAIN = """Plan TARGET's model on fake tensors: no weights, no GPU, no processes, whatever the size of the mesh.
 TARGET names a function that returns (model, args, kwargs)."""
 
+_COMPARE = """Plan TARGET's model under each strategy, as `explain` does, and predict a step of each. Exit code 2 where none can
+run it. Per block (or, with --layers, per layer) is the mean over them."""
+
+_HARDWARE = "a profile's name or a .json file of `dsp-auto calibrate`,"
+
 _RULES = """Print the rule of OP and where it comes from: written in dsp_auto, registered by a user, or found by running the op
 on the sizes of the example and others."""
+
+
+def _add_planning(parser: argparse.ArgumentParser) -> None:
+    """What `explain` and `compare` share."""
+    parser.add_argument("target", metavar="TARGET", help="package.module:factory or path/to/file.py:factory")
+    parser.add_argument("--mesh", required=True, help='ranks, "8" or "2x4"')
+    _add_arguments(parser, "of the factory")
+    parser.add_argument("--objective", default="volume", help='"volume" (wire bytes, the default) or "time"')
+    parser.add_argument("--capacity", help='memory for activations on a device, "80GB"')
+    held = parser.add_mutually_exclusive_group()
+    held.add_argument(
+        "--shard-parameters",
+        action="store_true",
+        default=None,
+        help="ranks may hold parts of parameters; without this and the next, as the strategy has it",
+    )
+    held.add_argument(
+        "--whole-parameters", dest="shard_parameters", action="store_false", help="every rank holds all parameters whole"
+    )
+    parser.add_argument("--inference", action="store_true", help="plan the forward of model.eval() without gradients")
+    parser.add_argument(
+        "--dim-names",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="INPUT=DIMS",
+        help="names of an input's dims: video=\"B T S C\"; else the factory's own attribute dim_names",
+    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser, whose: str) -> None:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from tabulate import tabulate
 from torch.distributed.device_mesh import init_device_mesh
 
 from . import verify
-from .errors import DspError
 from .examples.transformer_2d import build
+from .spawn import spawn
 
 # Neither 51 frames nor 250 tokens divide by 4: uneven shards are the normal case.
 SIZES = {"layers": 2, "hidden": 64, "heads": 4, "frames": 51, "tokens": 250, "batch": 1}
@@ -33,7 +27,7 @@ def run(ranks: int = 4, sizes: Mapping[str, Any] | None = None) -> bool:
     shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
     print(f"Transformer-2D ({shown}), forward and backward on {ranks} gloo processes\n", flush=True)
     started = time.perf_counter()
-    report, agrees = describe(_spawn(ranks, chosen))
+    report, agrees = describe(spawn(compare, ranks, chosen))
     print(f"{report}\n\n{time.perf_counter() - started:.1f} s. {'All agree.' if agrees else 'They DISAGREE.'}")
     return agrees
 
@@ -81,39 +75,6 @@ def compare(rank: int, ranks: int, sizes: Mapping[str, Any]) -> verify.Compariso
     video.requires_grad_()
     options = {"dim_names": build.dim_names, "strategy": "dsp"}
     return verify.compare(model, mesh, (video,), kwargs, inputs=[video], **options)
-
-
-def worker(rank: int, ranks: int, sizes: Mapping[str, Any], folder: str) -> None:
-    """One process: leaves its `Comparison` in `folder`, or why there is none."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    try:
-        Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(compare(rank, ranks, sizes)))
-        dist.barrier()
-    except DspError as error:  # mostly raised on every rank; a rank left alone at a collective sees its peer go
-        Path(folder, f"{rank}.error").write_text(str(error))
-    dist.destroy_process_group()
-
-
-def _spawn(ranks: int, sizes: Mapping[str, Any]) -> list[verify.Comparison]:
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # inherited; read once, when torch is imported
-    with tempfile.TemporaryDirectory(prefix="dsp-auto-") as folder:
-        failure = None
-        try:
-            torch.multiprocessing.spawn(worker, (ranks, sizes, folder), nprocs=ranks)
-        except Exception as error:
-            failure = error
-        finally:
-            if threads is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = threads
-        for told in sorted(Path(folder).glob("*.error")):
-            raise DspError(told.read_text()) from failure
-        if failure is not None:
-            raise failure
-        return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(ranks)]
 
 
 def _verdict(fits: bool) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from .errors import DspError
+from .units import show_bytes
 
 FORMAT = 3
 
@@ -41,8 +42,7 @@ class Enter:
 
 @dataclass(frozen=True)
 class PlanStage:
-    """Neighbouring ops that run on one layout. `layout`: per mesh dim the sharded factor, or "R"; of one that the planner has
-    split that of each part, `T x S`, where they differ."""
+    """Neighbouring ops that run on one layout. `layout`: per mesh dim the sharded factor, or "R"."""
 
     index: int
     name: str
@@ -57,7 +57,7 @@ class Plan:
     """What `dsp_auto.plan` decided, as plain data.
 
     mesh: the mesh dims and their sizes. split: where the planner has split one (8 ranks as 4 x 2), the dims that it used
-        instead, which primitives name.
+        instead, which `layout`s name.
     communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
         counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
     memory: bytes of activations per device at the worst program point, and the capacity they were held under.
@@ -144,7 +144,7 @@ class Plan:
                 cells = (
                     ["", "", ""]
                     if entry is None
-                    else [_way_in(entry), *map(_bytes, (entry.forward_bytes, entry.backward_bytes))]
+                    else [_way_in(entry), *map(show_bytes, (entry.forward_bytes, entry.backward_bytes))]
                 )
                 rows.append([*(head if number == 0 else [""] * len(head)), *cells])
         table = tabulate(
@@ -157,21 +157,20 @@ class Plan:
 
     def _headline(self) -> str:
         mesh = " x ".join(f"{name}={size}" for name, size in self.mesh.items())
-        split = f" (split: {', '.join(f'{name}={size}' for name, size in self.split.items())})" if self.split else ""
         factors = ", ".join(f"{f['name']}={f['size']}" for f in self.factors if f["kind"] == "sequence")
         return (
-            f"mesh {mesh}{split}, strategy {self.strategy}, objective {self.objective}; "
-            f"sequence factors {factors or 'none'}"
+            f"mesh {mesh}, strategy {self.strategy}, objective {self.objective}; sequence factors {factors or 'none'}"
         )
 
     def _totals(self) -> str:
         total, solver = self.communication, self.solver
         by_primitive = ", ".join(f"{entry['count']} {name}" for name, entry in total["by_primitive"].items())
         lines = [
-            f"wire bytes per device: forward {_bytes(total['forward_bytes'])}, backward {_bytes(total['backward_bytes'])}"
-            f" (paper's forward volume {_bytes(total['paper_forward_volume'])}): {by_primitive or 'no communication'}",
-            f"activations per device: {_bytes(self.memory['peak_bytes'])} at the peak, "
-            f"held under {_bytes(self.memory['capacity_bytes'])}",
+            f"wire bytes per device: forward {show_bytes(total['forward_bytes'])}, "
+            f"backward {show_bytes(total['backward_bytes'])} "
+            f"(paper's forward volume {show_bytes(total['paper_forward_volume'])}): {by_primitive or 'no communication'}",
+            f"activations per device: {show_bytes(self.memory['peak_bytes'])} at the peak, "
+            f"held under {show_bytes(self.memory['capacity_bytes'])}",
             f"solver {solver['name']}: {solver['status']}, {solver['variables']} variables, {solver['constraints']} "
             f"constraints, gap {solver['gap']:.2%}; seconds: "
             + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()),
@@ -188,7 +187,7 @@ class Plan:
             if entries:
                 names = sorted({entry["target"] + (f": {entry['why']}" if "why" in entry else "") for entry in entries})
                 cost = sum(entry["bytes"] for entry in entries)
-                lines.append(f"{reason}, run replicated: {', '.join(names)} ({_bytes(cost)} on every device)")
+                lines.append(f"{reason}, run replicated: {', '.join(names)} ({show_bytes(cost)} on every device)")
         return "\n".join(lines)
 
 
@@ -196,13 +195,3 @@ def _way_in(entry: Enter) -> str:
     tensor = entry.tensor if entry.tensors == 1 else f"{entry.tensors} tensors"
     way = "" if entry.source == entry.target else f" {entry.source} -> {entry.target}"
     return f"{entry.primitive}{way} ({entry.mesh_dim}): {tensor}"
-
-
-def _bytes(amount: float) -> str:
-    if not amount:
-        return "0"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(amount) < 1024 or unit == "GiB":
-            return f"{amount:.4g} {unit}"
-        amount /= 1024
-    raise AssertionError

@@ -25,6 +25,7 @@ from .measure import CountCollectives
 from .mesh import as_mesh
 from .passes.capture import capture
 from .passes.checkpointing import local_module
+from .passes.solve import Solution
 from .planner import Options, Prepared, decide, finish, prepare
 
 Dims = Sequence[tuple[str, int]]
@@ -109,7 +110,11 @@ def predict(
 def trace_plan(prepared: Prepared, rank: int = 0) -> Trace:
     """What the `rank`-th device launches in a step of the best plan, and the ranks' agreement on the call before it."""
     solution = decide(prepared)
-    _, graph = finish(prepared, solution, rank)
+    return trace_rank(prepared, solution, finish(prepared, solution, rank)[1])
+
+
+def trace_rank(prepared: Prepared, solution: Solution, graph: fx.Graph) -> Trace:
+    """What the device launches in a step whose program `finish` gave, and the ranks' agreement on the call before it."""
     mesh = prepared.problem(solution.space).graph.mesh
     sizes = list(zip(mesh.names, mesh.sizes, strict=True))
     lines = [line for n in range(len(sizes)) for line in itertools.combinations(range(len(sizes)), n + 1)]
@@ -175,7 +180,7 @@ class _Record(RecordLaunches):
 
 def _sparse(sends: Sequence[int]) -> bool:
     """Whether an all-to-all only sends to neighbours: some of the other ranks get nothing."""
-    return len(sends) > 2 and sum(count > 0 for count in sends) <= min(2, len(sends) - 2)
+    return len(sends) > 1 and sum(count > 0 for count in sends) <= max(1, min(2, len(sends) - 2))
 
 
 def _groups(program: fx.GraphModule) -> dict[str, int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dsp_auto import Plan, cli, demo, verify
+from dsp_auto import Comparison, Plan, calibrate, cli, demo, verify
+from dsp_auto.passes.presets import PRESETS
 from dsp_auto.passes.rules import registered, registered_by_user
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,9 @@ def factories(tmp_path):
         "def two(): return nn.Linear(2, 2), ()\n"
         "def no_module(): return 'model', (), {}\n"
         "def listed(): return nn.Linear(2, 2), [torch.ones(2)], {}\n"
+        "class OneSequence(nn.Module):\n"
+        "    def forward(self, x): return (x @ x.transpose(1, 2)).softmax(-1) @ x\n"
+        "def one_sequence(): return OneSequence(), (torch.ones(1, 8, 4),), {}\n"
         "def broken(): raise KeyError('weights')\n"
         "def nothing_to_share(): return nn.Linear(1, 1), (torch.ones(1, 1),), {}\n"
         "class Softmax(nn.Module):\n"
@@ -85,6 +89,56 @@ def test_options_reach_the_planner(capsys):
     assert (plan["objective"], plan["strategy"], plan["memory"]["capacity_bytes"]) == ("time", "dsp", 10**9)
 
 
+@pytest.mark.parametrize("strategy", PRESETS)
+def test_explain_takes_every_preset(capsys, strategy):
+    code, out, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "2", *SMALL, "--strategy", strategy)
+    assert code == 0 and f"strategy {strategy}," in out
+
+
+def test_without_a_strategy_it_is_that_of_plan(capsys, factories):
+    assert "strategy dsp," in _run(capsys, "explain", EXAMPLE, "--mesh", "4", *SMALL)[1]
+    assert "strategy auto," in _run(capsys, "explain", f"{factories}:one_sequence", "--mesh", "4")[1]
+
+
+def test_parameters_are_held_in_parts_or_whole_as_asked(capsys):
+    argv = ("explain", EXAMPLE, "--mesh", "2", "--json", *SMALL, "--strategy", "megatron-lm")
+    sent = []
+    for option in ((), ("--shard-parameters",), ("--whole-parameters",)):
+        code, out, _ = _run(capsys, *argv, *option)
+        sent.append(json.loads(out)["communication"]["backward_bytes"] if code == 0 else None)
+    # Gradients of weights that are held whole and used in parts come together again.
+    assert sent[0] == sent[1] < sent[2]
+
+
+def test_compare_prints_a_table_and_says_what_cannot_run(capsys):
+    argv = ("compare", EXAMPLE, "--mesh", "4", *SMALL, "--strategies", "dsp", "ulysses", "ring")
+    code, out, _ = _run(capsys, *argv)
+    assert code == 0 and out.startswith("mesh sp=4, hardware h100") and "per block, the mean over the model's 2" in out
+    assert "ulysses cannot run" in out and "least time" in out and "megatron" not in out
+    code, out, _ = _run(capsys, *argv, "--inference", "--layers", "2", "--hardware", "a100")
+    assert code == 0 and "hardware a100" in out and "per layer, the mean over 2" in out and "backward" not in out
+
+
+def test_compare_prints_json_that_comparison_accepts(capsys):
+    code, out, _ = _run(capsys, "compare", EXAMPLE, "--mesh", "2", "--json", *SMALL, "--strategies", "dsp")
+    assert code == 0 and Comparison.from_json(out).to_dict() == json.loads(out)
+
+
+def test_compare_ends_with_exit_code_2_and_the_reasons_where_nothing_can_run(capsys):
+    argv = ("compare", EXAMPLE, "--mesh", "2", *SMALL, "--strategies", "dsp", "ring", "--capacity", "1KB")
+    code, out, err = _run(capsys, *argv)
+    assert (code, err) == (2, "") and out.count("cannot run") == out.count("no plan fits") == 2
+
+
+def test_calibrate_starts_as_many_processes_as_the_mesh_has(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(calibrate, "spawn", lambda *args: calls.append(args))
+    out = tmp_path / "mine.json"
+    assert cli.main(["calibrate", "--mesh", "2x2", "--launch", "--quick", "--out", str(out)]) == 0
+    (function, ranks, shape, quick, where), = calls
+    assert (ranks, shape.sizes, quick, where) == (4, (2, 2), True, out)
+
+
 def test_a_path_is_a_target_and_what_it_prints_stays_off_stdout(capsys, factories):
     code, out, err = _run(capsys, "explain", f"{factories}:noisy", "--mesh", "2", "--json")
     assert code == 0 and json.loads(out) and "a factory that talks" in err
@@ -116,6 +170,17 @@ def test_a_factory_that_needs_values_is_built_for_real_and_that_is_said(capsys, 
         (("explain", EXAMPLE, "--mesh", "2", "--capacity", "lots"), "lots"),
         (("explain", EXAMPLE, "--mesh", "2", "--capacity", "1KB"), "no plan fits"),
         (("explain", EXAMPLE, "--mesh", "4099"), "at most 256 ranks"),
+        (("explain", EXAMPLE, "--mesh", "2", "--shard-parameters", "--whole-parameters"), "not allowed with"),
+        (("explain", EXAMPLE, "--mesh", "2", "--hardware", "no_such.json"), "no_such.json"),
+        (("compare",), "TARGET"),
+        (("compare", EXAMPLE, "--mesh", "2y"), "2y"),
+        (("compare", EXAMPLE, "--mesh", "2", "--strategies", "magic"), "magic"),
+        (("compare", EXAMPLE, "--mesh", "2", "--layers", "0"), "layers 0"),
+        (("compare", EXAMPLE, "--mesh", "2", "--layers", "few"), "few"),
+        (("compare", EXAMPLE, "--mesh", "2", "--hardware", "abacus"), "abacus"),
+        (("calibrate", "--mesh", "2y", "--out", "x.json"), "2y"),
+        (("calibrate", "--mesh", "2"), "--out"),
+        (("calibrate", "--mesh", "2", "--launch", "--out", "profile.txt"), "profile.txt"),
         (("demo", "--ranks", "0"), "--ranks 0"),
         (("demo", "--ranks", "many"), "many"),
         (("rules", "nowhere::op"), "no such op"),
@@ -140,7 +205,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, says):
         ("two", "returns 2 values"),
         ("no_module", "a str in place of a Module"),
         ("listed", "a list in place of a tuple"),
-        ("nothing_to_share", "no batch or feature or sequence factor"),
+        ("nothing_to_share", "nothing to share out"),
     ],
 )
 def test_a_factory_that_returns_something_else_is_one_line_and_exit_code_2(capsys, factories, factory, says):
@@ -244,7 +309,7 @@ def test_demo_runs_and_agrees(capfd):
 @pytest.mark.parametrize("tolerance", ["OUTPUT_TOLERANCE", "GRADIENT_TOLERANCE"])
 def test_demo_fails_where_the_deviation_is_above_tolerance(capsys, comparisons, monkeypatch, tolerance):
     monkeypatch.setattr(verify, tolerance, -1.0)  # no deviation is this small
-    monkeypatch.setattr(demo, "_spawn", lambda ranks, sizes: comparisons)
+    monkeypatch.setattr(demo, "spawn", lambda function, ranks, sizes: comparisons)
     assert cli.main(TINY_DEMO) == 1
     out = capsys.readouterr().out
     assert out.count("TOO LARGE") == 1 and "DISAGREE" in out
@@ -253,7 +318,7 @@ def test_demo_fails_where_the_deviation_is_above_tolerance(capsys, comparisons, 
 def test_demo_fails_where_bytes_differ_from_the_plan(capsys, comparisons, monkeypatch):
     count, sent = comparisons[0].measured["gather", "forward"]
     comparisons[0].measured["gather", "forward"] = (count, sent + 4)  # one element more
-    monkeypatch.setattr(demo, "_spawn", lambda ranks, sizes: comparisons)
+    monkeypatch.setattr(demo, "spawn", lambda function, ranks, sizes: comparisons)
     assert cli.main(TINY_DEMO) == 1
     assert capsys.readouterr().out.count("DIFFERENT") == 1
 
@@ -261,7 +326,7 @@ def test_demo_fails_where_bytes_differ_from_the_plan(capsys, comparisons, monkey
 def test_demo_fails_where_nothing_was_sent(capsys, comparisons, monkeypatch):
     for one in comparisons:
         one.measured.clear()
-    monkeypatch.setattr(demo, "_spawn", lambda ranks, sizes: comparisons)
+    monkeypatch.setattr(demo, "spawn", lambda function, ranks, sizes: comparisons)
     assert cli.main(TINY_DEMO) == 1
 
 
