@@ -10,11 +10,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import operator
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +27,9 @@ from torch.utils import _pytree as pytree
 from dsp_auto.errors import CaptureError, first_lines
 
 from .check_gradients import check_gradients, unchanged
-from .checkpointing import kept, marking, region
-from .nodes import module_path
+from .checkpointing import kept, marking, recomputed
+from .inline_no_grad import inline_no_grad
+from .normalize import compose, drop_assertions, drop_empty_parts, write_out_shapes
 from .propagate import Saved, propagate
 
 aten = torch.ops.aten
@@ -88,19 +88,19 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
     exported = _export(fake, args, kwargs)
     exported_at = time.perf_counter()
     grads = _grad_flags(fake, _inputs(exported), args, kwargs, exported)
-    _inline_no_grad(exported.graph_module, grads)
+    inline_no_grad(exported.graph_module, grads)
     if _needs_functionalization(exported.graph_module):
         exported = _functional(exported, fake)
-        _compose(exported.graph_module.graph)
+        compose(exported.graph_module.graph)
         for node in exported.graph_module.graph.nodes:
             if node.target is aten.view.default:  # strides in this trace are not those of a run that keeps gradients
                 node.target = aten.reshape.default
     module = exported.graph_module
-    _write_out_shapes(module.graph)
-    _drop_empty_parts(module.graph)
+    write_out_shapes(module.graph)
+    drop_empty_parts(module.graph)
     inputs = _inputs(exported)
     mutated = _mutated(exported)
-    _drop_assertions(module.graph)
+    drop_assertions(module.graph)
     training, saved, leaves = propagate(module, grads)
     if any(grads):
         kwargs = ordered_kwargs(kwargs, exported.call_spec.in_spec)
@@ -113,17 +113,9 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
         mutated=mutated,
         training=training,
         saved=kept(module.graph, saved),
-        recomputed=_recomputed(module.graph, saved),
+        recomputed=recomputed(module.graph, saved),
         seconds={"export": exported_at - started, "capture": time.perf_counter() - started},
     )
-
-
-def _recomputed(graph: fx.Graph, saved: Mapping[str, Saved]) -> dict[int, tuple[Saved, ...]]:
-    found: dict[int, tuple[Saved, ...]] = {}
-    for node in graph.nodes:
-        if region(node) is not None and node.name in saved:
-            found[region(node)] = (*found.get(region(node), ()), saved[node.name])
-    return found
 
 
 def _check_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -236,107 +228,6 @@ def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
     return ""
 
 
-def _inline_no_grad(module: fx.GraphModule, grads: Sequence[bool]) -> None:
-    """A region under `no_grad` becomes its ops, with a `detach` of what leaves it and of what in-place ops in it read.
-
-    grads: which placeholders require grad. Raises CaptureError where a region changes a tensor that has a gradient: autograd
-    then passes that gradient by the change, which no functional program does.
-    """
-    switch = torch.ops.higher_order.wrap_with_set_grad_enabled
-    graph = module.graph = _rebuilt(module.graph)
-    graded: set[fx.Node] = set()
-    flags = iter(grads)
-    for node in list(graph.nodes):
-        if node.op == "placeholder":
-            if next(flags, False):
-                graded.add(node)
-            continue
-        if node.op != "call_function" or node.target is not switch:
-            if node.target is not aten.detach.default and not graded.isdisjoint(node.all_input_nodes):
-                graded |= {node, *map(_base, _changed(node))}
-            continue
-        enabled, body, *operands = node.args
-        inner = getattr(module, body.target)
-        _inline_no_grad(inner, [enabled and operand in graded for operand in operands])
-        placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
-        env = dict(zip(placeholders, operands, strict=True))
-        for attribute in [n for n in inner.graph.nodes if n.op == "get_attr"]:
-            name = f"{node.name}_{attribute.target}".replace(".", "_")
-            setattr(module, name, getattr(inner, attribute.target))
-            with graph.inserting_before(node):
-                env[attribute] = graph.get_attr(name)
-        with graph.inserting_before(node):
-            for n in inner.graph.nodes:
-                if n.op != "call_function":
-                    continue
-                read = {} if enabled else {x: _detached(graph, env[x]) for x in _only_read(n)}
-                for changed in [] if enabled else _changed(n):
-                    if env.get(_base(changed)) in graded:
-                        raise CaptureError(
-                            asked="cannot capture the model for training",
-                            found=f"under torch.no_grad() it changes a tensor in place that has a gradient ({n.target})",
-                            where=module_path(n) or None,
-                            remedy="change a copy (tensor.detach().clone()), or change it with gradients",
-                        )
-                env[n] = graph.node_copy(n, lambda x, read={**env, **read}: read[x])
-                if enabled and not graded.isdisjoint(env[n].all_input_nodes):
-                    graded.add(env[n])
-            results = []
-            for result in inner.graph.output_node().args[0]:
-                new = env[result] if isinstance(result, fx.Node) else result
-                results.append(_detached(graph, new) if not enabled and isinstance(new, fx.Node) else new)
-        for user in list(node.users):
-            if user.target is operator.getitem:
-                user.replace_all_uses_with(results[user.args[1]])
-                graph.erase_node(user)
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
-    module.recompile()
-
-
-def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    new = graph.call_function(aten.detach.default, (node,))
-    new.meta["val"] = node.meta.get("val")
-    return new
-
-
-def _writes(node: fx.Node) -> list[tuple[Any, bool]]:
-    """The arguments of an op that changes some of them, and whether it changes each."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    named = {argument.name: argument for argument in schema.arguments}
-    given = [*zip(node.args, schema.arguments), *((value, named[name]) for name, value in node.kwargs.items())]
-    return [(value, bool(own.alias_info is not None and own.alias_info.is_write)) for value, own in given]
-
-
-def _only_read(node: fx.Node) -> list[fx.Node]:
-    return [value for value, written in _writes(node) if not written and isinstance(value, fx.Node)]
-
-
-def _changed(node: fx.Node) -> list[fx.Node]:
-    return [value for value, written in _writes(node) if written and isinstance(value, fx.Node)]
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """The tensor that a node is a view of, through the views taken in its graph."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        first = node.target._schema.arguments[0] if node.target._schema.arguments else None
-        if first is None or first.alias_info is None or not isinstance(node.args[0], fx.Node):
-            break
-        node = node.args[0]
-    return node
-
-
-def _rebuilt(graph: fx.Graph) -> fx.Graph:
-    """The same graph, in which every node knows its users: export leaves out those that are dead (torch 2.13)."""
-    new = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    result = new.graph_copy(graph, copied)
-    new.output(result).meta.update(graph.output_node().meta)
-    return new
-
-
 def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """What `aten.copy` (an assignment made functional) gives, by ops that have a derivative."""
     return source.to(destination).expand(destination.shape)
@@ -351,77 +242,6 @@ def _needs_functionalization(module: fx.GraphModule) -> bool:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             return True
     return False
-
-
-def _compose(graph: fx.Graph) -> None:
-    """Ops that functionalization took apart for the sake of a result that nobody uses become what the model called."""
-    for node in list(graph.nodes):
-        composite = None
-        if node.target is aten.native_dropout.default and node.args[2]:
-            composite, args = aten.dropout.default, node.args
-        elif node.target is aten._native_batch_norm_legit_no_training.default:
-            composite, args = aten.batch_norm.default, (*node.args[:5], False, *node.args[5:], True)
-        if composite is None or any(user.args[1] for user in node.users):
-            continue
-        with graph.inserting_before(node):
-            new = graph.call_function(composite, args)
-        new.meta = {**node.meta, "val": node.meta["val"][0]}
-        for user in list(node.users):
-            user.replace_all_uses_with(new)
-            graph.erase_node(user)
-        graph.erase_node(node)
-
-
-def _write_out_shapes(graph: fx.Graph) -> None:
-    """Where an op reads only the shape or the dtype of an operand, it takes them as they are, and not the operand: that may
-    have any layout then, and waits for no gradient."""
-    for node in list(graph.nodes):
-        if node.target not in _READ_ONLY_SHAPE:
-            continue
-        target, arguments = _READ_ONLY_SHAPE[node.target](node, node.meta["val"])
-        with graph.inserting_before(node):
-            new = graph.call_function(target, *arguments)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-
-
-def _filled(value: float) -> Any:
-    return lambda node, made: (
-        aten.full.default,
-        ((list(made.shape), value), {"dtype": made.dtype, "device": made.device}),
-    )
-
-
-_READ_ONLY_SHAPE = {
-    aten.view_as.default: lambda node, made: (aten.view.default, ((node.args[0], list(made.shape)),)),
-    aten.reshape_as.default: lambda node, made: (aten.reshape.default, ((node.args[0], list(made.shape)),)),
-    aten.expand_as.default: lambda node, made: (aten.expand.default, ((node.args[0], list(made.shape)),)),
-    aten.type_as.default: lambda node, made: (aten.to.dtype, ((node.args[0], made.dtype),)),
-    aten.zeros_like.default: _filled(0),
-    aten.ones_like.default: _filled(1),
-    aten.new_zeros.default: _filled(0),
-    aten.new_ones.default: _filled(1),
-}
-
-
-def _drop_empty_parts(graph: fx.Graph) -> None:
-    """A tensor without elements adds nothing to what it is joined with, and has no layout."""
-    for node in graph.nodes:
-        if node.target is not aten.cat.default:
-            continue
-        sizes = [part.meta["val"].shape for part in node.args[0]]
-        if not all(isinstance(size, int) for shape in sizes for size in shape):
-            continue
-        full = [part for part, shape in zip(node.args[0], sizes) if 0 not in shape]
-        if full and len(full) < len(node.args[0]) and len({part.meta["val"].dtype for part in node.args[0]}) == 1:
-            node.args = (full, *node.args[1:])
-    graph.eliminate_dead_code(is_impure_node=_matters)
-
-
-def _matters(node: fx.Node) -> bool:
-    """Whether a node does something even where nobody uses its results: the random numbers after it are others."""
-    return node.is_impure() or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 _KINDS = {
@@ -464,13 +284,6 @@ def _mutated(exported: torch.export.ExportedProgram) -> tuple[tuple[str, str], .
                 remedy="change parameters before: in the constructor, or by one forward pass if it does so only once",
             )
     return tuple(found)
-
-
-def _drop_assertions(graph: fx.Graph) -> None:
-    """Export's own checks of metadata hold on one device's shapes; the plan has its own."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
 
 
 def _grad_flags(model: nn.Module, inputs, args, kwargs, exported) -> list[bool]:

@@ -91,6 +91,15 @@ def kept(graph: fx.Graph, saved: Mapping[str, Saved]) -> dict[str, Saved]:
     return found
 
 
+def recomputed(graph: fx.Graph, saved: Mapping[str, Saved]) -> dict[int, tuple[Saved, ...]]:
+    """What the ops of each checkpoint save, which backward makes again."""
+    found: dict[int, tuple[Saved, ...]] = {}
+    for node in graph.nodes:
+        if region(node) is not None and node.name in saved:
+            found[region(node)] = (*found.get(region(node), ()), saved[node.name])
+    return found
+
+
 def recompute(body: fx.GraphModule, *args: Any) -> Any:
     """Runs a part of a program; backward runs it again instead of keeping its activations.
 
