@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import dsp_auto
+from dsp_auto.cost_models.hardware import Hardware, Kernel, Link
 from dsp_auto.errors import InfeasibleError, MeshError, NoShardableFactorError
-from dsp_auto.mesh import as_mesh
+from dsp_auto.mesh import Mesh, as_mesh
 from dsp_auto.passes.capture import capture
 from dsp_auto.passes.presets import PRESETS
 from dsp_auto.planner import Options, decide, prepare
@@ -45,6 +46,21 @@ class Separate(nn.Module):
         return x
 
 
+class EveryDim(nn.Module):
+    """Attention along each dim of x but the last, one after the other: time, height, width, channels."""
+
+    def __init__(self, dims: int, hidden: int = 8) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(hidden, 3 * hidden) for _ in range(dims))
+        self.out = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(dims))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for dim, (qkv, out) in enumerate(zip(self.qkv, self.out, strict=True)):
+            q, k, v = qkv(x.movedim(dim, -2)).chunk(3, dim=-1)
+            x = x + out(F.scaled_dot_product_attention(q, k, v)).movedim(-2, dim)
+        return x
+
+
 def agrees(found) -> bool:
     small = found.output[0] <= OUTPUT_TOLERANCE and found.gradient[0] <= GRADIENT_TOLERANCE
     return small and all(entry.agrees for entry in found.traffic)
@@ -72,6 +88,31 @@ def test_a_mesh_dim_longer_than_the_shortest_sequence_is_split(mesh):
         found = rehearse(model, mesh, args, kwargs, strategy=strategy, shard_parameters=False)
         assert agrees(found)
     assert found.plan.split or mesh == "2x6"
+
+
+@pytest.mark.parametrize("mesh", ["4", "2x2", "2x3"])
+@pytest.mark.parametrize("shape", [(7, 4, 6, 8), (5, 4, 3, 6, 8)], ids=["3-D", "4-D"])
+def test_sequences_of_three_and_four_dims_run_on_meshes_of_one_and_two(shape, mesh):
+    for strategy in ("dsp", "auto"):
+        found = rehearse(EveryDim(len(shape) - 1), mesh, (torch.randn(shape),), strategy=strategy, shard_parameters=False)
+        assert agrees(found)
+        assert "gather" not in {entry.primitive for stage in found.plan.stages[:-1] for entry in stage.enter}
+
+
+def test_what_is_switched_goes_over_the_fast_mesh_dim():
+    """Two batches: the slow outer dim shards the batch, for which nothing is sent, and the inner one the sequences."""
+    model, args, kwargs = build(frames=16, tokens=32, batch=2)
+    links = {"node": Link(5e9, 1e-5), "sp": Link(400e9, 1e-6)}
+    hardware = Hardware("cluster", intra=Link(400e9, 1e-6), links=links, kernels={"memory": Kernel()})
+    mesh = Mesh(("node", "sp"), (2, 4))
+    with torch.no_grad():
+        plan = dsp_auto.plan(model, mesh, args, kwargs, strategy="auto", objective="time", hardware=hardware)
+    sent = {"node": 0.0, "sp": 0.0}
+    for stage in plan.stages:
+        for entry in stage.enter:
+            if entry.primitive == "switch":
+                sent[entry.mesh_dim] += entry.forward_bytes
+    assert sent["sp"] > 0 and sent["node"] == 0
 
 
 def test_4_frames_on_8_ranks_send_at_most_16_mib_a_layer():
