@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .errors import MeshError
 from .mesh import Mesh
 
 # Of each set of ranks, the group and the world that it was made in.
@@ -19,6 +21,8 @@ def group_names(device_mesh: DeviceMesh, mesh: Mesh) -> Callable[[tuple[int, ...
 
     A group that the DeviceMesh does not have is made when it is first asked for: every rank must then ask for the same dims in
     the same order. Without a process group names are empty.
+
+    Raises MeshError where the ranks along those dims do not ascend: a process group counts its ranks in ascending order.
     """
     if not dist.is_initialized():
         return lambda mesh_dims: ""
@@ -27,6 +31,15 @@ def group_names(device_mesh: DeviceMesh, mesh: Mesh) -> Callable[[tuple[int, ...
     users = device_mesh.mesh_dim_names or mesh.part_of
 
     def name(mesh_dims: tuple[int, ...]) -> str:
+        others = tuple(m for m in range(len(mesh.sizes)) if m not in mesh_dims)
+        lines = ranks.permute(*others, *mesh_dims).reshape(-1, math.prod(mesh.sizes[m] for m in mesh_dims)).tolist()
+        wrong = next((line for line in lines if line != sorted(line)), None)
+        if wrong is not None:
+            raise MeshError(
+                asked=f"a process group over mesh dim {mesh.label(mesh_dims)}",
+                found=f"its ranks would be {', '.join(map(str, wrong))}, and a group counts them in ascending order",
+                remedy="make a mesh whose ranks ascend (init_device_mesh does)",
+            )
         if len({mesh.part_of[m] for m in mesh_dims}) == 1 and mesh.dims_of(mesh.part_of[mesh_dims[0]]) == mesh_dims:
             return device_mesh.get_group(users.index(mesh.part_of[mesh_dims[0]])).group_name
         line = ranks[tuple(slice(None) if m in mesh_dims else at for m, at in enumerate(own))]

@@ -62,6 +62,7 @@ class Plan:
         counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
     memory: bytes of activations per device at the worst program point, and the capacity they were held under.
     factors: name, size and kind of every factor that is not a feature.
+    parameters: bytes of all parameters, those on one device, and for each that ranks hold in parts the factor that is cut.
     activations: bytes that all ops make (whole), bytes of those that run replicated, and the ops among these that make more
         than 1% of all, with the reason.
     rules: of ops whose rule is not one of dsp_auto's: the op, its rule, and whether a user `registered` it or it was
@@ -79,6 +80,7 @@ class Plan:
     communication: Mapping[str, Any]
     memory: Mapping[str, Any]
     activations: Mapping[str, Any]
+    parameters: Mapping[str, Any]
     factors: tuple[Mapping[str, Any], ...]
     rules: tuple[Mapping[str, Any], ...]
     without_rule: tuple[Mapping[str, Any], ...]
@@ -175,6 +177,13 @@ class Plan:
             f"constraints, gap {solver['gap']:.2%}; seconds: "
             + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()),
         ]
+        if self.parameters["in_parts"]:
+            whole, own = self.parameters["bytes"], self.parameters["device_bytes"]
+            lines.insert(
+                2,
+                f"parameters per device: {show_bytes(own)} of {show_bytes(whole)}, {len(self.parameters['in_parts'])} of them "
+                "held in parts",
+            )
         large, made = self.activations["large_replicated"], self.activations
         if large:
             share = made["replicated_bytes"] / made["bytes"]

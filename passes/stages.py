@@ -87,6 +87,7 @@ class StageGraph:
     storages: Mapping[ValueId, Storage]
     views: Mapping[ValueId, tuple[ValueId, tuple[int, ...]]]
     training: bool
+    parameters: frozenset[str] = frozenset()  # names of their nodes
 
     @cached_property
     def uses(self) -> Mapping[ValueId, tuple[Use, ...]]:
@@ -220,7 +221,8 @@ def make_stages(
         outputs.append(Use(views[value][0], index, number, (translated(layout, value),), grad))
     strategy = Strategy(nothing, uncut, tuple(use.wanted[0] for use in outputs), ())
     stages.append(Stage(index, OUTPUT, "output", None, (strategy,), (), ((),), tuple(outputs)))
-    return StageGraph(mesh, factors, tuple(stages), storages, views, program.training)
+    parameters = frozenset(node.name for node, entry in sources if entry is not None and entry.kind == "parameter")
+    return StageGraph(mesh, factors, tuple(stages), storages, views, program.training, parameters)
 
 
 def _most_sharded(strategies: Sequence[Strategy]) -> tuple[Strategy, ...]:

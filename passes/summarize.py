@@ -16,7 +16,7 @@ from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
 from .checkpointing import region
-from .layout import R, Step, show_placement
+from .layout import R, Shard, Step, cutters, show_placement
 from .nodes import node_call
 from .notation import OpRule
 from .problem import Problem, Resharding
@@ -72,6 +72,7 @@ def summarize(
             if kind != "feature"
         ),
         activations=_activations(problem, choice),
+        parameters=_parameters(problem, choice),
         rules=_rules(problem),
         without_rule=_replicated(problem, choice, lambda rule: rule is None),
         random=_replicated(problem, choice, lambda rule: rule is not None and rule.is_random),
@@ -153,6 +154,24 @@ def _activations(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
         )
     replicated = sum(n for index, n in sizes.items() if _runs_replicated(problem, choice, graph.stages[index]))
     return {"bytes": total, "replicated_bytes": replicated, "large_replicated": found}
+
+
+def _parameters(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
+    """Bytes of all parameters, those of them on one device, and of each that ranks hold in parts what mesh dims cut."""
+    graph, names = problem.graph, problem.graph.factors.names
+    found: dict[str, Any] = {"bytes": 0, "device_bytes": 0, "in_parts": {}}
+    for storage in graph.storages.values():
+        stage = graph.stages[storage.maker]
+        if storage.root.id[0] not in graph.parameters:
+            continue
+        layout = problem.made(storage.id, choice)
+        found["bytes"] += storage.root.nbytes
+        found["device_bytes"] += problem.nbytes(storage.id, layout)
+        cut = {place: cutters(layout, place) for place in {p.place for p in layout if isinstance(p, Shard)}}
+        if cut:
+            factors = storage.root.factors
+            found["in_parts"][stage.name] = {graph.mesh.label(dims): names[factors[place]] for place, dims in cut.items()}
+    return found
 
 
 def _groups(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:

@@ -566,6 +566,20 @@ def test_training_on_ranks_loses_what_training_on_one_device_loses(world):
     assert together == pytest.approx(alone, rel=1e-4) and alone[-1] < alone[0]
 
 
+def _of_other_order(rank, ranks, order):
+    mesh = DeviceMesh("cpu", order)
+    model, x = axial()
+    with pytest.raises(dsp_auto.MeshError, match="ascend"):
+        dsp_auto.parallelize(model, mesh)(x)
+    return True
+
+
+def test_a_mesh_whose_ranks_do_not_ascend_is_refused(world):
+    """A process group counts its ranks in ascending order, whatever the order of the mesh."""
+    assert all(world(2).run(_of_other_order, [1, 0]))
+    assert all(world(4).run(_of_other_order, [[0, 2], [1, 3]]))
+
+
 def test_a_mesh_of_two_dims_computes_the_same(world):
     results = world(4).run(compare, transformer_2d, {**SMALL, "batch": 2}, shape=(2, 2))
     for result in results:
