@@ -292,7 +292,11 @@ class ParallelModule(nn.Module):
         """What is equal on every rank, how parameters are held included, and which objects the model is made of."""
         state = self._dsp
         read, identity = signature(state.model, args, kwargs, shapes)
-        return (*read, how_held(identity) if state.in_parts else ()), identity
+        held = how_held(identity)
+        if not state.in_parts and any(placements is not None for placements in held):
+            # Another parallel module of the same model holds its parameters in parts by now.
+            state.in_parts = bool(placements_in(state.model, state.mesh))
+        return (*read, held if state.in_parts else ()), identity
 
     def _prepare(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> _Prepared:
         state, agreement = self._dsp, self._dsp.agreement

@@ -27,6 +27,7 @@ from .passes.presets import (
     ALWAYS,
     MEMORY,
     PARAMETERS,
+    UNION,
     Space,
     check_preset,
     find_spaces,
@@ -35,11 +36,13 @@ from .passes.presets import (
 )
 from .passes.problem import OBJECTIVES, Problem
 from .passes.rewrite import rewrite
-from .passes.solve import SLACK, TOLERANCE, Solution, solve
+from .passes.solve import SLACK, TOLERANCE, OutOfTimeError, Solution, solve
 from .passes.stages import MAY_STAY_WHOLE, StageGraph, make_stages
 from .passes.summarize import summarize
 from .plan import Plan
 
+# What the solver gets at least, where other spaces took the time.
+LEAST_SECONDS = 1.0
 RNGS = ("parallel", "serial")
 LayoutSpec = Mapping[str, int | str | None]
 
@@ -252,18 +255,19 @@ def decide(prepared: Prepared) -> Solution:
     started = time.perf_counter()
     asks = options.capacity is None and any(space.when == MEMORY for space in prepared.spaces)
 
-    def look(when: str) -> None:
+    def look(when: str, limit: float = math.inf) -> None:
         for number, space in enumerate(prepared.spaces):
-            if space.when != when:
+            left = options.time_limit - (time.perf_counter() - started)
+            if space.when != when or (found and left <= 0):
                 continue
             try:
                 problem = prepared.problem(number)
                 with _no_garbage_collection():
-                    solution = solve(
-                        problem, options.capacity, time_limit=options.time_limit, unbounded=asks and when == ALWAYS
-                    )
+                    asked = asks and when == ALWAYS
+                    seconds = max(min(left, limit), min(LEAST_SECONDS, options.time_limit))
+                    solution = solve(problem, options.capacity, time_limit=seconds, unbounded=asked)
                 found[number] = replace(solution, space=number)
-            except InfeasibleError as error:
+            except (InfeasibleError, OutOfTimeError) as error:
                 failed.append(error)
 
     look(ALWAYS)
@@ -271,8 +275,11 @@ def decide(prepared: Prepared) -> Solution:
         look(MEMORY)
     if _parts_may_be_better(prepared, min((own.objective for own in _frugal(prepared, found)), default=math.inf)):
         look(PARAMETERS)
+        # With a capacity only the union has all that the presets have.
+        look(UNION, math.inf if options.capacity is not None else max(time.perf_counter() - started, LEAST_SECONDS))
     if not found:
-        raise min(failed, key=lambda error: error.least_bytes)
+        late = next((error for error in failed if isinstance(error, OutOfTimeError)), None)
+        raise late or min(failed, key=lambda error: error.least_bytes)
     best = min(_frugal(prepared, found), key=lambda solution: solution.objective)
     return replace(best, seconds={"solve": time.perf_counter() - started})
 

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from .layout import Step
 from .nodes import ValueId
-from .problem import Resharding
+from .problem import BUCKET_BYTES, Resharding
 from .stages import StageGraph
-
-# As DDP's default: large enough for bandwidth, small enough that the all-reduce starts while backward still runs.
-BUCKET_BYTES = 25 * 2**20
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,8 @@ def _choices(op: Op, grad: Canonical, space: Space, allowed: frozenset[int]) -> 
         axes = {axis for axis, _ in cut}
         if not allowed.issuperset(op.factors(cut)) or (op.rule.ring(axes) is not None and not space.ring):
             continue
-        if not space.weights and any(own in operand_places[n] for n in weights for own in cut) and _is_feature(op, cut, grad):
+        of_weight = op.rule.contracts and any(own in operand_places[n] for n in weights for own in cut)
+        if of_weight and not space.weights and _is_feature(op, cut, grad):
             continue
         summed = any(axis in op.rule.reduces or axis not in op.rule.combines for axis in axes)
         without = P if summed else R

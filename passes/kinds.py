@@ -21,7 +21,8 @@ class Kinds:
     """`of`: "feature", "sequence" or "batch" for each factor.
 
     inner: features that one weight makes and another contracts, and that no other op needs whole: hidden dims and heads, not
-        the width of a residual stream. heads: features side by side in an op without weights that computes over a sequence.
+        the width of a residual stream. heads: features side by side in an op that computes over a sequence and contracts no
+        weight.
     sequences: sequence factors, those of one sequence together (its pieces, and what they are joined to).
     weights: the nodes that are parameters, or made of nothing else.
     """
@@ -97,7 +98,9 @@ def _heads(made: Factors, kinds: dict[int, str], weights: set[str]) -> set[int]:
     for op in made.ops:
         if op.rule is None or not any(kinds[f] == "sequence" for axis in op.rule.computes_over for f in op.axes[axis]):
             continue
-        of_weights = _axes(op, [operand[0] in weights for operand in op.operands], True)
+        # A learned bias may have heads too.
+        derived = [op.rule.contracts and operand[0] in weights for operand in op.operands]
+        of_weights = _axes(op, derived, True)
         cut = {own for cut in op.cuts if len(cut) == 1 for own in cut if own[0] not in of_weights | op.rule.reduces}
         found |= {op.axes[axis][index] for axis, index in cut}
     return {factor for factor in found if kinds[factor] == "feature"}

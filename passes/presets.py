@@ -71,8 +71,9 @@ PRESETS: Mapping[str, Preset] = {
     "ring": Preset(_kinds("sequence"), one_sequence=True, ring="must"),
     "auto": _AUTO,
 }
-# When a space is looked at: at once, or where a plan with more memory might send less, or one with parameters in parts.
-ALWAYS, MEMORY, PARAMETERS = "always", "memory", "parameters"
+# When a space is looked at: at once; where a plan with more memory might send less; where one with parameters in parts might;
+# then last, and not for long, the union with parameters in parts, which is the largest.
+ALWAYS, MEMORY, PARAMETERS, UNION = "always", "memory", "parameters", "union"
 _IN_PARTS = replace(_AUTO, kinds=_AUTO.kinds | {"inner"}, weights=True, held=True)
 # For `auto` where nothing that it may cut is long enough.
 _ANYTHING = replace(_AUTO, kinds=_kinds("sequence", "batch", "feature"), weights=True)
@@ -127,12 +128,12 @@ def find_spaces(
         found += _spaces(factors, mesh, "auto", _IN_PARTS if shard_parameters else _AUTO)
     except MeshError:
         return _spaces(factors, mesh, "auto", _ANYTHING)
-    others = [("auto", _IN_PARTS, PARAMETERS)] if shard_parameters is None else []
-    others += [
+    others = [
         (name, preset, PARAMETERS if preset.held else MEMORY)
         for name, preset in PRESETS.items()
         if name != "auto" and (shard_parameters is not False or not preset.held)
     ]
+    others += [("auto", _IN_PARTS, UNION)] if shard_parameters is None else []
     for name, preset, when in others:
         try:
             found += [replace(space, when=when) for space in _spaces(factors, mesh, name, preset)]

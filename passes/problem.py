@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,9 @@ from .notation import Ring, Site
 from .stages import Stage, StageGraph, Use, strip
 
 OBJECTIVES = ("volume", "time")
+# Parameters' gradients are all-reduced in buckets of this size (see `buckets`), as DDP does: large enough for bandwidth, small
+# enough that the all-reduce starts while backward still runs.
+BUCKET_BYTES = 25 * 2**20
 # Of ways of equal cost the one of fewest collectives is taken: each weighs this share of the tensor, or of a second.
 TIE = 1e-10
 
@@ -175,7 +178,8 @@ class Problem:
 
     def _step_cost(self, storage: ValueId, step: Step, grad: bool) -> Cost:
         root = self.graph.storages[storage].root
-        key = (self._sizes(root), step, grad)
+        in_bucket = step.primitive == "replicate" and self.graph.storages[storage].kind == "parameter"
+        key = (self._sizes(root), step, grad, in_bucket)
         if key not in self._costs:
             ranks = math.prod(self.graph.mesh.sizes[m] for m in step.mesh_dims)
             of = (self._shared_out(root.nbytes, step.before, step.mesh_dims), ranks)
@@ -187,6 +191,9 @@ class Problem:
             else:
                 partial = any(isinstance(p, Replicate) and p.partial_grad for p in (step.source, step.target))
                 cost = primitive_cost(step.primitive, *of, partial_grad=partial, **on)
+                if in_bucket and of[0] < BUCKET_BYTES:  # its share of one that is full
+                    full = primitive_cost(step.primitive, BUCKET_BYTES, ranks, partial_grad=partial, **on)
+                    cost = replace(cost, seconds=full.seconds * of[0] / BUCKET_BYTES)
             self._costs[key] = cost
         return self._costs[key]
 

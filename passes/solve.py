@@ -30,6 +30,10 @@ APART_SECONDS = 5.0
 FEW_POINTS, NEW_POINTS = 400, 24
 
 
+class OutOfTimeError(StrategyError):
+    """The solver found no plan in the time that it had."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """`choice[s]` is the strategy of stage s. Objective and bound are wire bytes ("volume") or seconds ("time")."""
@@ -66,30 +70,34 @@ def solve(
     """The cheapest choice whose peak stays within `capacity` bytes.
 
     capacity: bytes of activations per device; None: the least peak that a plan (with repeated blocks alike) reaches, and 10%.
-    gap: a folded plan further than this from its bound is solved for again without folding, within `time_limit` seconds.
+    gap: a folded plan further than this from its bound is solved for again without folding. time_limit: seconds, for all of it.
     unbounded: whether to say too what the least cost were with no bound on memory.
-    Raises InfeasibleError where no choice fits.
+    Raises InfeasibleError where no choice fits, OutOfTimeError where none was found.
     """
     started = time.perf_counter()
+
+    def left() -> float:
+        return max(started + time_limit - time.perf_counter(), time_limit / 10)
+
     apart = tuple(range(len(problem.graph.stages)))
     same = fold(problem.graph) if use_folding else apart
     if len(set(same)) > FOLDED * len(same):
         same = apart  # it would save little, and might have to be solved again
     model = Model(problem, same)
     if capacity is None:
-        capacity = int(_least_peak(problem, model, time_limit)[0] * (1 + SLACK))
-    answer, points = _solve(problem, model, capacity, time_limit)
-    bound = _cost(problem, answer) if answer.optimal else _relaxed(model, points, capacity, time_limit)
+        capacity = int(_least_peak(problem, model, left())[0] * (1 + SLACK))
+    answer, points = _solve(problem, model, capacity, left())
+    bound = _cost(problem, answer) if answer.optimal else _relaxed(model, points, capacity, left())
     if same != apart:
-        bound = _lower_bound(problem, same, answer, capacity, time_limit)
+        bound = _lower_bound(problem, same, answer, capacity, left())
         if answer.choice is None or _distance(_cost(problem, answer), bound) > gap:
             # What takes the folded problem long takes the whole one too long.
-            left = min(time_limit, max(APART_SECONDS, 3 * (time.perf_counter() - started)))
-            answer, bound = _solve_apart(problem, apart, answer, bound, points, capacity, left)
+            limit = min(left(), max(APART_SECONDS, 3 * (time.perf_counter() - started)))
+            answer, bound = _solve_apart(problem, apart, answer, bound, points, capacity, limit)
     if answer.choice is None:
         if answer.status != "Infeasible":
             raise _out_of_time(time_limit)
-        raise _infeasible(problem, model, capacity, time_limit)
+        raise _infeasible(problem, model, capacity, left())
     objective = problem.cost(answer.choice)
     return Solution(
         choice=answer.choice,
@@ -102,7 +110,7 @@ def solve(
         peak_bytes=problem.peak(answer.choice)[0],
         capacity_bytes=capacity,
         folded=same != apart,
-        unbounded=model.solve({}, capacity, integer=False, time_limit=time_limit).value if unbounded else None,
+        unbounded=model.solve({}, capacity, integer=False, time_limit=left()).value if unbounded else None,
         seconds={"solve": time.perf_counter() - started},
     )
 
@@ -168,8 +176,8 @@ def _least_peak(problem: Problem, model: Model, time_limit: float) -> tuple[int,
     return problem.peak(answer.choice)[0], answer.choice
 
 
-def _out_of_time(time_limit: float) -> StrategyError:
-    return StrategyError(
+def _out_of_time(time_limit: float) -> OutOfTimeError:
+    return OutOfTimeError(
         asked=f"time_limit={time_limit:g}", found="the solver found no plan in so many seconds", remedy="give it more"
     )
 

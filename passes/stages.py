@@ -135,7 +135,8 @@ def make_stages(
 
     in_layouts: placeholder name -> layout in which the input arrives; out_layouts: index among the graph's outputs ->
     layout in which it leaves. Replicate where nothing is said. may_stay_whole: of the stages that can be sharded
-    only those with the smallest results, which together make this share of all bytes, may run replicated; None: any.
+    only those with the smallest results, which together make this share of all bytes, may run replicated; the others, and
+    these if they do not, are cut over as many mesh dims as they can be. None: any stage as it likes.
     held: parameter name -> layout in which ranks hold it, where that is settled; those that it does not name are whole.
     """
     mesh = space.mesh
@@ -190,7 +191,10 @@ def make_stages(
         key = (is_large, _key(op, factors, space))
         if key not in known:
             found = enumerate_strategies(op, factors, space)
-            known[key] = _most_sharded(found) if is_large else found
+            if may_stay_whole is not None:
+                whole = () if is_large else tuple(own for own in found if not own.together)
+                found = tuple(dict.fromkeys((*whole, *_most_sharded(found))))
+            known[key] = found
         strategies = known[key]
         index = len(stages)
         for number, result in enumerate(op.results):

@@ -1,4 +1,4 @@
-"""Which ops have a rule, and where it is written: one op family a file.
+"""Which ops have a rule, and where it is written: one op family a file (`sliding` is shared by those with windows).
 
 A rule is a function of an `OpCall` that returns an `OpRule`, or None where this call of the op has no rule (the op then
 runs replicated and the plan names it). `@rule("aten::linear")` registers it for all overloads of an op,

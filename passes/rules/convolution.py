@@ -4,53 +4,15 @@ patches overlap, a range of outputs needs a range of inputs that reaches into th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from ..notation import Local, OpCall, OpRule, Window, from_notation
+from ..notation import Local, OpCall, OpRule
 from . import rule
 from .contractions import bias_once
+from .sliding import Sliding, SlidingDims, per_dim, slide_along, with_windows
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Sliding:
-    """A kernel that slides along one dim: `kernel` taps `dilation` apart, `stride` from one output to the next."""
-
-    kernel: int
-    stride: int
-    dilation: int
-    before: int  # padding
-    after: int
-
-    @property
-    def span(self) -> int:
-        return self.dilation * (self.kernel - 1) + 1
-
-    def is_patches(self, size: int) -> bool:
-        """No two outputs see one input, and every input is seen."""
-        no_padding = self.before == self.after == 0 and self.dilation == 1
-        return no_padding and self.kernel == self.stride and size % self.kernel == 0
-
-    def needs(self, start: int, stop: int) -> tuple[int, int]:
-        """The inputs that the outputs `[start, stop)` see."""
-        return start * self.stride - self.before, (stop - 1) * self.stride - self.before + self.span
-
-    def spread_needs(self, start: int, stop: int) -> tuple[int, int]:
-        """The inputs that a transposed kernel spreads to the outputs `[start, stop)`; enough of them that what they
-        spread to covers these outputs."""
-        first = (start + self.before - self.span) // self.stride + 1
-        last = max((stop - 1 + self.before) // self.stride, -(-(stop - 1 + self.before - self.span + 1) // self.stride))
-        return min(first, (start + self.before) // self.stride), last + 1
-
-
-def per_dim(call: OpCall, name: str, space: int, default: Sequence[int] = ()) -> list[int]:
-    """An argument that stands for all dims, or one for each."""
-    value = call[name]
-    values = [value] if isinstance(value, int) else list(value) or list(default)
-    return values * space if len(values) == 1 else values
 
 
 def _padding(call: OpCall, space: int, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
@@ -62,48 +24,47 @@ def _padding(call: OpCall, space: int, kernel: Sequence[int], dilation: Sequence
     return [(p, p) for p in per_dim(call, "padding", space)]
 
 
+def _written(
+    call: OpCall, slides: Sequence[Sliding], patches: Sequence[int], transposed: bool = False
+) -> tuple[str, SlidingDims]:
+    """A convolution in notation, `g` the groups of its channels `c` and features `f`, and the dims of its space."""
+    dims = slide_along(call, slides, patches, transposed=transposed)
+    weights, groups = call.operands[1].shape, call["groups"]
+    dims.sizes |= {f"k{n}": slide.kernel for n, slide in enumerate(slides)}
+    c, f = "c", "f"
+    if groups > 1:
+        c, f = "(g c)", "(g f)"
+        own, other = weights[0] // groups, weights[1]
+        dims.sizes |= {"g": groups, "c": own, "f": other} if transposed else {"g": groups, "c": other, "f": own}
+    batch = "b " if len(call.outputs[0]) == len(weights) else ""  # batch and channels, or channels alone
+    taps = " ".join(f"k{n}" for n in range(len(slides)))
+    kernel = f"{c} f {taps}" if transposed else f"{f} c {taps}"
+    return f"{batch}{c} {' '.join(dims.before)}, {kernel}, {f} -> {batch}{f} {' '.join(dims.after)}", dims
+
+
+def _groups(call: OpCall, here: Local) -> int:
+    return here.sizes.get("g", 1) if call["groups"] > 1 else 1
+
+
 @rule("aten::conv1d", "aten::conv2d", "aten::conv3d")
 def conv(call: OpCall) -> OpRule | None:
     data, weights = call.operands[0].shape, call.operands[1].shape
     space = len(weights) - 2
-    lead = len(data) - space  # batch and channels, or channels alone
-    kernel, size, groups = weights[2:], data[lead:], call["groups"]
     stride, dilation = per_dim(call, "stride", space), per_dim(call, "dilation", space)
-    padding = _padding(call, space, kernel, dilation)
-    slides = [Sliding(k, s, d, *p) for k, s, d, p in zip(kernel, stride, dilation, padding)]
-    before, taps, after, sizes, moved, ranges = [], [], [], {}, [], []
-    windows: dict[int, Window] = {}
-    for n, slide in enumerate(slides):
-        taps.append(f"k{n}")
-        sizes[f"k{n}"] = slide.kernel
-        if slide.is_patches(size[n]):
-            before.append(f"(s{n} k{n})")
-            after.append(f"s{n}")
-            sizes[f"s{n}"] = size[n] // slide.kernel
-            continue
-        here, there = same_or_not(n, size[n], call.outputs[0][lead + n])
-        before.append(here)
-        after.append(there)
-        moved.append(f"k{n}")
-        ranges.append((here, there))
-        windows[n] = Window(0, lead + n, here, there, slide.needs, fill=0.0, computes=True)
-    batch = "b " if lead == 2 else ""
-    group = groups > 1
-    sizes |= {"g": groups, "c": weights[1], "f": weights[0] // groups} if group else {}
-    text = (
-        f"{batch}{'(g c)' if group else 'c'} {' '.join(before)}, {'(g f)' if group else 'f'} c {' '.join(taps)}, "
-        f"{'(g f)' if group else 'f'} -> {batch}{'(g f)' if group else 'f'} {' '.join(after)}"
-    )
-    contracted = ["c", *(f"k{n}" for n in range(space) if n not in windows)]
+    padding = _padding(call, space, weights[2:], dilation)
+    slides = [Sliding(k, s, d, *p) for k, s, d, p in zip(weights[2:], stride, dilation, padding)]
+    patches = [n for n, slide in enumerate(slides) if slide.is_patches(data[n - space])]
+    text, dims = _written(call, slides, patches)
+    windows = dims.windows
 
     def local(emit, target, args, kwargs, here: Local):
         rest = (*args, *[None] * 3)[:3]
         x, weight, bias = bias_once(emit, rest, here, rule_.reduces)
         steps, margins = list(stride), [list(p) for p in padding]
-        for n, slide in enumerate(slides):
+        for n in range(space):
             if n not in windows:
                 # A rank with a part of a patch steps from one patch to the next in what it has of them.
-                steps[n] = here.sizes.get(f"k{n}", 1) if slide.is_patches(size[n]) else steps[n]
+                steps[n] = here.sizes.get(f"k{n}", 1)
             elif windows[n].target in here.sites:
                 x, margins[n] = here.window(emit, x, windows[n]), [0, 0]
         if any(a != b for a, b in margins):
@@ -111,58 +72,24 @@ def conv(call: OpCall) -> OpRule | None:
             margins = [[0, 0]] * space
         there = [a for a, _ in margins]
         plain = getattr(aten, target._schema.name.removeprefix("aten::")).default
-        return emit(plain, x, weight, bias, steps, there, list(dilation), here.sizes.get("g", 1) if group else 1)
+        return emit(plain, x, weight, bias, steps, there, list(dilation), _groups(call, here))
 
-    rule_ = from_notation(
-        text,
-        call,
-        moved=moved,
-        reduces=contracted,
-        ranges=ranges,
-        sizes=sizes,
-        windows=tuple(windows.values()),
-        local=local,
-    )
+    contracted = ["c", *(f"k{n}" for n in patches)]
+    moved = [f"k{n}" for n in windows]
+    rule_ = with_windows(text, call, windows, moved=moved, reduces=contracted, sizes=dims.sizes, local=local)
     return rule_
-
-
-def same_or_not(n: int, before: int, after: int) -> tuple[str, str]:
-    """Axes of a dim before and after: one where the sizes are equal, so that what is added to it shares the factor."""
-    return (f"s{n}", f"s{n}") if before == after else (f"i{n}", f"o{n}")
 
 
 @rule("aten::conv_transpose1d", "aten::conv_transpose2d.input", "aten::conv_transpose3d.input")
 def conv_transpose(call: OpCall) -> OpRule | None:
     data, weights = call.operands[0].shape, call.operands[1].shape
     space = len(weights) - 2
-    lead = len(data) - space
-    kernel, size, groups = weights[2:], data[lead:], call["groups"]
     stride, dilation = per_dim(call, "stride", space), per_dim(call, "dilation", space)
     padding, extra = per_dim(call, "padding", space), per_dim(call, "output_padding", space)
-    slides = [Sliding(k, s, d, p, p) for k, s, d, p in zip(kernel, stride, dilation, padding)]
-    before, taps, after, sizes, moved, ranges = [], [], [], {}, [], []
-    windows: dict[int, Window] = {}
-    for n, slide in enumerate(slides):
-        taps.append(f"k{n}")
-        sizes[f"k{n}"] = slide.kernel
-        if slide.is_patches(0) and extra[n] == 0:
-            before.append(f"s{n}")
-            after.append(f"(s{n} k{n})")
-            sizes[f"s{n}"] = size[n]
-            continue
-        here, there = same_or_not(n, size[n], call.outputs[0][lead + n])
-        before.append(here)
-        after.append(there)
-        moved.append(f"k{n}")
-        ranges.append((here, there))
-        windows[n] = Window(0, lead + n, here, there, slide.spread_needs, fill=0.0, computes=True)
-    batch = "b " if lead == 2 else ""
-    group = groups > 1
-    sizes |= {"g": groups, "c": weights[0] // groups, "f": weights[1]} if group else {}
-    text = (
-        f"{batch}{'(g c)' if group else 'c'} {' '.join(before)}, {'(g c)' if group else 'c'} f {' '.join(taps)}, "
-        f"{'(g f)' if group else 'f'} -> {batch}{'(g f)' if group else 'f'} {' '.join(after)}"
-    )
+    slides = [Sliding(k, s, d, p, p) for k, s, d, p in zip(weights[2:], stride, dilation, padding)]
+    patches = [n for n, slide in enumerate(slides) if slide.is_patches(0) and extra[n] == 0]
+    text, dims = _written(call, slides, patches, transposed=True)
+    windows, lead = dims.windows, len(data) - space
 
     def local(emit, target, args, kwargs, here: Local):
         rest = (*args, *[None] * 3)[:3]
@@ -176,15 +103,11 @@ def conv_transpose(call: OpCall) -> OpRule | None:
                 start, stop = here.range(windows[n].target)
                 first = slide.spread_needs(start, stop)[0] * slide.stride - slide.before
                 margins[n], rests[n], cuts[n] = 0, 0, (start - first, stop - first)
-        groups_here = here.sizes.get("g", 1) if group else 1
-        out = emit(target, x, weight, bias, steps, margins, rests, groups_here, list(dilation))
+        out = emit(target, x, weight, bias, steps, margins, rests, _groups(call, here), list(dilation))
         for n, (start, stop) in cuts.items():
             out = emit(aten.slice.Tensor, out, lead + n, start, stop)
         return out
 
-    rule_ = from_notation(
-        text, call, moved=moved, reduces="c", ranges=ranges, sizes=sizes, windows=tuple(windows.values()), local=local
-    )
+    moved = [f"k{n}" for n in windows]
+    rule_ = with_windows(text, call, windows, moved=moved, reduces="c", sizes=dims.sizes, local=local)
     return rule_
-
-

@@ -1,7 +1,5 @@
-"""Tensors made of nothing but numbers: windows, indices, frequencies. Every rank makes all of them.
-
-(Constants and ranges: see `views`.)
-"""
+"""Tensors made of nothing but numbers. Of constants each rank makes its part, of all that is counted (positions, windows,
+indices, frequencies) the whole."""
 
 from __future__ import annotations
 
@@ -11,6 +9,43 @@ from ..notation import Local, OpCall, OpRule, from_notation
 from . import numbered, rule
 
 aten = torch.ops.aten
+
+
+def local_size(emit, target, args, kwargs, here: Local, position: int):
+    """The call with this rank's size as its `position`-th argument."""
+    return emit(target, *args[:position], list(here.outputs[0]), *args[position + 1 :], **kwargs)
+
+
+@rule(
+    "aten::zeros",
+    "aten::ones",
+    "aten::full",
+    "aten::empty",
+    "aten::new_zeros",
+    "aten::new_ones",
+    "aten::new_full",
+    "aten::new_empty",
+)
+def constant(call: OpCall) -> OpRule:
+    """The same value everywhere: each rank makes its part."""
+    names = " ".join(f"d{position}" for position in range(len(call.outputs[0])))
+    unread = "_ " * len(call.operands[0].shape) if call.operands else ""
+
+    def local(emit, target, args, kwargs, here: Local):
+        return local_size(emit, target, args, kwargs, here, len(call.operands))
+
+    return from_notation(f"{unread} -> {names}", call, local=local)
+
+
+@rule("aten::arange", "aten::linspace", "aten::eye")
+def positions(call: OpCall) -> OpRule | None:
+    """Made from positions: whole on every rank, and split after, so that positions stay global."""
+    if call.operands:
+        return None
+    names = [f"d{position}" for position in range(len(call.outputs[0]))]
+    sizes = {name: size for name, size in zip(names, call.outputs[0], strict=True) if size != 1}
+    dims = tuple((name,) if name in sizes else () for name in names)
+    return OpRule((), (dims,), sizes, moved=frozenset(sizes))
 
 
 @rule(

@@ -10,6 +10,7 @@ import torch
 
 from ..notation import Local, OpCall, OpRule, Window, from_notation, within
 from . import numbered, rule
+from .sliding import with_windows
 
 aten = torch.ops.aten
 
@@ -66,15 +67,8 @@ def interpolate(call: OpCall) -> OpRule:
             out = emit(aten.slice.Tensor, out, n + 2, start, stop)
         return out
 
-    return from_notation(
-        f"b c {' '.join(before)} -> b c {' '.join(after)}",
-        call,
-        moved=moved,
-        ranges=[(window.source, window.target) for window in windows.values()],
-        windows=tuple(windows.values()),
-        sizes=sizes,
-        local=local,
-    )
+    text = f"b c {' '.join(before)} -> b c {' '.join(after)}"
+    return with_windows(text, call, windows, moved=moved, sizes=sizes, local=local)
 
 
 def _neighbours(n: int, factor: int, reach: int) -> Window:

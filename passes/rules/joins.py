@@ -1,9 +1,55 @@
-"""Several tensors side by side, or against each other: grids, rows, columns, padded sequences."""
+"""Several tensors side by side, or against each other: joins, grids, rows, columns, padded sequences."""
 
 from __future__ import annotations
 
-from ..notation import OpCall, OpRule, from_notation
+from ..notation import Local, OpCall, OpRule, Window, from_notation
 from . import numbered, rule
+from .slicing import some_of
+
+
+@rule("aten::cat", "aten::concat", "aten::concatenate")
+def cat(call: OpCall) -> OpRule | None:
+    """Parts of equal size are a dim `(part rest)`. Else a range of the joined dim needs a range of some of the parts,
+    each of which may be whole (a class token, a short text) or sharded (the video)."""
+    rank = len(call.outputs[0])
+    if any(len(operand.shape) != rank for operand in call.operands):
+        return None  # the legacy empty tensor of shape (0,)
+    dim = call.dim(call["dim"], rank)
+    names = [f"d{position}" for position in range(rank)]
+    lengths = [operand.shape[dim] for operand in call.operands]
+
+    def at_dim(name: str) -> str:
+        return " ".join(name if position == dim else other for position, other in enumerate(names))
+
+    if len(set(lengths)) == 1 and lengths[0] > 1:
+        text = f"{', '.join([at_dim('rest')] * len(lengths))} -> {at_dim('(part rest)')}"
+        sizes = {"part": len(lengths), "rest": lengths[0]}
+        return from_notation(text, call, moved=["part"] if len(lengths) > 1 else [], sizes=sizes)
+    parts = [f"part{position}" for position in range(len(lengths))]
+    windows, ends = [], 0
+    for position, (part, length) in enumerate(zip(parts, lengths)):
+        windows.append(Window(position, dim, part, "all", lambda start, stop, at=ends: (start - at, stop - at)))
+        ends += length
+    ranges = [(*some, "all") for some in some_of([part for part, length in zip(parts, lengths) if length > 1])]
+    ranges = ranges or [("all",)]
+
+    def local(emit, target, args, kwargs, here: Local):
+        if "all" not in here.sites:
+            return emit(target, *args, **kwargs)
+        return emit(target, [here.window(emit, x, window) for x, window in zip(args[0], windows)], dim)
+
+    text = f"{', '.join(map(at_dim, parts))} -> {at_dim('all')}"
+    return from_notation(text, call, ranges=ranges, windows=tuple(windows), local=local)
+
+
+@rule("aten::stack")
+def stack(call: OpCall) -> OpRule:
+    rank = len(call.outputs[0])
+    dim = call.dim(call["dim"], rank)
+    names = [f"d{position}" for position in range(rank - 1)]
+    out = [*names[:dim], "stacked", *names[dim:]]
+    text = f"{', '.join([' '.join(names)] * len(call.operands))} -> {' '.join(out)}"
+    return from_notation(text, call, moved=["stacked"])
 
 
 @rule("aten::meshgrid")

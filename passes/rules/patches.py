@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..notation import Local, OpCall, OpRule, Window, from_notation
 from . import numbered, rule
-from .convolution import Sliding, per_dim
+from .sliding import Sliding, per_dim, with_windows
 
 
 @rule("aten::unfold", "aten::unfold_copy")
@@ -29,14 +29,8 @@ def unfold(call: OpCall) -> OpRule | None:
             x = here.window(emit, args[0], window) if "window" in here.sites else args[0]
             return emit(target, x, *args[1:])
 
-        return from_notation(
-            f"{' '.join(names)} -> {' '.join(after)}",
-            call,
-            moved=["place"],
-            ranges=[(names[dim], "window")],
-            windows=(window,),
-            local=overlapping,
-        )
+        text = f"{' '.join(names)} -> {' '.join(after)}"
+        return with_windows(text, call, {dim: window}, moved=["place"], local=overlapping)
     before = list(names)
     before[dim] = "(window place)"
 
@@ -88,15 +82,8 @@ def columns(call: OpCall) -> OpRule:
 
     batch = "b " * (lead - 1)
     groups = (f"{batch}c {' '.join(sides)}", f"{batch}(c p q) (i j)")
-    return from_notation(
-        " -> ".join(groups if to_columns else reversed(groups)),
-        call,
-        moved=moved,
-        ranges=[(window.source, window.target) for window in windows.values()],
-        windows=tuple(windows.values()),
-        sizes=sizes,
-        local=local,
-    )
+    text = " -> ".join(groups if to_columns else reversed(groups))
+    return with_windows(text, call, windows, moved=moved, sizes=sizes, local=local)
 
 
 @rule("aten::pixel_shuffle", "aten::pixel_unshuffle")

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from ..notation import Local, OpCall, OpRule, Window, from_notation
+from ..notation import Local, OpCall, OpRule, from_notation
 from . import rule
-from .convolution import Sliding, per_dim, same_or_not
+from .sliding import Sliding, per_dim, slide_along, with_windows
 
 aten = torch.ops.aten
 
@@ -29,32 +29,20 @@ def pool(call: OpCall) -> OpRule | None:
     kernel = per_dim(call, "kernel_size", space)
     stride, padding = per_dim(call, "stride", space, kernel), per_dim(call, "padding", space)
     dilation = per_dim(call, "dilation", space) if is_max else [1] * space
-    lead = len(call.operands[0].shape) - space
-    before, after, sizes, moved, ranges = [], [], {}, [], []
-    windows: dict[int, Window] = {}
-    for n in range(space):
-        slide = Sliding(kernel[n], stride[n], dilation[n], padding[n], padding[n])
-        if slide.is_patches(size[n]):
-            before.append(f"(s{n} k{n})")
-            after.append(f"s{n}")
-            sizes |= {f"s{n}": size[n] // kernel[n], f"k{n}": kernel[n]}
-            moved.append(f"k{n}")
-            continue
-        here, there = same_or_not(n, size[n], out[n])
-        before.append(here)
-        after.append(there)
-        # A mean over what padding leaves of a window counts elements by place, which a shard has lost.
-        past_the_end = slide.needs(0, out[n])[1] > size[n] + padding[n]
-        if not is_max and (past_the_end or (padding[n] and not call["count_include_pad"])):
-            moved += [here, there]
-            continue
-        ranges.append((here, there))
-        fill = -math.inf if is_max else 0.0
-        windows[n] = Window(0, lead + n, here, there, slide.needs, fill=fill, computes=True)
+    slides = [Sliding(k, s, d, p, p) for k, s, d, p in zip(kernel, stride, dilation, padding)]
+    patches = [n for n, slide in enumerate(slides) if slide.is_patches(size[n])]
+
+    def counts_by_place(n: int) -> bool:
+        """A mean over what padding leaves of a window counts elements by place, which a shard has lost."""
+        past_the_end = slides[n].needs(0, out[n])[1] > size[n] + padding[n]
+        return not is_max and bool(past_the_end or (padding[n] and not call["count_include_pad"]))
+
+    whole = [n for n in range(space) if n not in patches and counts_by_place(n)]
+    dims = slide_along(call, slides, patches, fill=-math.inf if is_max else 0.0, whole=whole)
 
     def local(emit, target, args, kwargs, here: Local):
         x, margins = args[0], list(padding)
-        for n, window in windows.items():
+        for n, window in dims.windows.items():
             if window.target in here.sites:
                 x, margins[n] = here.window(emit, x, window), 0
         if is_max:
@@ -62,10 +50,9 @@ def pool(call: OpCall) -> OpRule | None:
         more = [call["divisor_override"]] if "divisor_override" in call.bound else []
         return emit(target, x, kernel, stride, margins, call["ceil_mode"], call["count_include_pad"], *more)
 
-    text = f"... {' '.join(before)} -> ... {' '.join(after)}"
-    return from_notation(
-        text, call, moved=moved, ranges=ranges, sizes=sizes, windows=tuple(windows.values()), local=local
-    )
+    moved = [f"k{n}" for n in patches] + [name for n in whole for name in (dims.before[n], dims.after[n])]
+    text = f"... {' '.join(dims.before)} -> ... {' '.join(dims.after)}"
+    return with_windows(text, call, dims.windows, moved=moved, sizes=dims.sizes, local=local)
 
 
 @rule("aten::adaptive_avg_pool1d", "aten::adaptive_avg_pool2d", "aten::adaptive_avg_pool3d")

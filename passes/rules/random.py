@@ -3,11 +3,13 @@ would and keeps its part, and what cannot be drawn so stays whole."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..notation import Local, OpCall, Operand, OpRule, from_notation, value_of
 from . import numbered, rule
-from .views import local_size
+from .creation import local_size
 
 aten = torch.ops.aten
 
@@ -21,16 +23,30 @@ def _order(operand: Operand) -> list[int]:
     return sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
 
 
-def _ordered(emit, order: list[int], shape: tuple[int, ...], make):
-    """What `make` gives for a shape, of `shape` and with its elements in `order`."""
-    if order == sorted(order):
-        return make(list(shape))
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return emit(aten.permute.default, make([shape[dim] for dim in order]), back)
+def _ordered(emit, operand: Operand, make):
+    """What `make` gives with its dims in the order of the operand's elements, the dims put back in their places."""
+    order = _order(operand)
+    made = make(order)
+    return made if order == sorted(order) else emit(aten.permute.default, made, sorted(order, key=order.__getitem__))
 
 
-def _in_place(call: OpCall):
-    """The whole call, on operands that lie in memory as one device's do."""
+def _new(emit, target, x, operand: Operand):
+    """A new tensor by `target` (new_ones, new_empty): the operand's shape and order of elements, the device of `x`."""
+    return _ordered(emit, operand, lambda order: emit(target, x, [operand.shape[dim] for dim in order]))
+
+
+def _laid_out(emit, x, operand: Operand):
+    """A copy of `x` that lies in memory as the operand does on one device."""
+
+    def make(order: list[int]):
+        there = x if order == sorted(order) else emit(aten.permute.default, x, order)
+        return emit(aten.clone.default, there, memory_format=torch.contiguous_format)
+
+    return _ordered(emit, operand, make)
+
+
+def _drawn_whole(text: str, call: OpCall, is_random: bool = True, **axes: Iterable[str]) -> OpRule:
+    """A rule whose serial form is the whole call, on operands that lie in memory as one device's do."""
 
     def serial(emit, target, args, kwargs, here: Local):
         operands = iter(call.operands)
@@ -39,16 +55,7 @@ def _in_place(call: OpCall):
         ]
         return emit(target, *own, **kwargs)
 
-    return serial
-
-
-def _laid_out(emit, x, operand: Operand):
-    order = _order(operand)
-    if order == sorted(order):
-        return emit(aten.clone.default, x, memory_format=torch.contiguous_format)
-    there = emit(aten.permute.default, x, order)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return emit(aten.permute.default, emit(aten.clone.default, there, memory_format=torch.contiguous_format), back)
+    return from_notation(text, call, is_random=is_random, serial=serial, serial_is_whole=True, **axes)
 
 
 @rule("aten::dropout", "aten::alpha_dropout")
@@ -57,12 +64,11 @@ def dropout(call: OpCall) -> OpRule:
     if not call["train"] or call["p"] == 0:
         return from_notation("... -> ...", call, is_view=True)
     if call.target._schema.name == "aten::alpha_dropout":
-        return from_notation("... -> ...", call, is_random=True, serial=_in_place(call), serial_is_whole=True)
+        return _drawn_whole("... -> ...", call)
 
     def serial(emit, target, args, kwargs, here: Local):
         """A dropout of ones is what dropout multiplies with."""
-        operand = call.operands[0]
-        ones = _ordered(emit, _order(operand), operand.shape, lambda shape: emit(aten.new_ones.default, args[0], shape))
+        ones = _new(emit, aten.new_ones.default, args[0], call.operands[0])
         return emit(
             aten.mul.Tensor, args[0], here.part(emit, emit(target, ones, *args[1:], **kwargs), rule_.outputs[0])
         )
@@ -78,7 +84,7 @@ def feature_dropout(call: OpCall) -> OpRule:
         return from_notation("... -> ...", call, is_view=True)
     names = numbered(len(call.operands[0].shape))
     text = f"{' '.join(names)} -> {' '.join(names)}"
-    return from_notation(text, call, moved=names[2:], is_random=True, serial=_in_place(call), serial_is_whole=True)
+    return _drawn_whole(text, call, moved=names[2:])
 
 
 @rule(
@@ -98,10 +104,7 @@ def drawn_like(call: OpCall) -> OpRule:
     """Numbers for every element of a tensor whose values are not read."""
 
     def serial(emit, target, args, kwargs, here: Local):
-        operand = call.operands[0]
-        like = _ordered(
-            emit, _order(operand), operand.shape, lambda shape: emit(aten.new_empty.default, args[0], shape)
-        )
+        like = _new(emit, aten.new_empty.default, args[0], call.operands[0])
         drawn = here.part(emit, emit(target, like, *args[1:], **kwargs), rule_.outputs[0])
         if not has_gradient:
             return drawn
@@ -120,7 +123,7 @@ def drawn_from(call: OpCall) -> OpRule:
     """Numbers that depend on the operands, element by element."""
     draws = call.target._schema.name != "aten::rrelu" or call["training"]
     text = f"{', '.join(['...'] * len(call.operands))} -> ..."
-    return from_notation(text, call, is_random=draws, serial=_in_place(call), serial_is_whole=True)
+    return _drawn_whole(text, call, is_random=draws)
 
 
 @rule("aten::rand", "aten::randn", "aten::randint", "aten::normal.float_float")
@@ -142,7 +145,7 @@ def drawn(call: OpCall) -> OpRule:
 @rule("aten::normal.Tensor_float", "aten::normal.float_Tensor", "aten::normal.Tensor_Tensor")
 def drawn_around(call: OpCall) -> OpRule:
     text = f"{', '.join(['...'] * len(call.operands))} -> ..."
-    return from_notation(text, call, is_random=True, serial=_in_place(call), serial_is_whole=True)
+    return _drawn_whole(text, call)
 
 
 @rule("aten::multinomial")
@@ -150,7 +153,7 @@ def multinomial(call: OpCall) -> OpRule:
     """Rows are drawn from by themselves."""
     rows = "b " if len(call.operands[0].shape) > 1 else ""
     text = f"{rows}c -> {rows}n"
-    return from_notation(text, call, whole="cn", is_random=True, serial=_in_place(call), serial_is_whole=True)
+    return _drawn_whole(text, call, whole="cn")
 
 
 @rule("aten::randperm")

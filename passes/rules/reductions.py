@@ -79,12 +79,6 @@ def mean(call: OpCall) -> OpRule:
     "aten::min.dim",
     "aten::prod.dim_int",
     "aten::logsumexp",
-)
-def whole_reduction(call: OpCall) -> OpRule:
-    return _reduction(call, "whole")
-
-
-@rule(
     "aten::std_mean",
     "aten::var_mean",
     "aten::aminmax",
@@ -100,7 +94,7 @@ def whole_reduction(call: OpCall) -> OpRule:
     "aten::linalg_norm",
     "aten::linalg_matrix_norm",
 )
-def compared(call: OpCall) -> OpRule:
+def whole_reduction(call: OpCall) -> OpRule:
     return _reduction(call, "whole")
 
 

@@ -108,6 +108,23 @@ def generated_calls(draw, name: str) -> Call:
     return function(draw, name) if function.__code__.co_argcount > 1 else function(draw)
 
 
+def fixed_calls_like(other: str, name: str) -> Iterator[Call]:
+    """The fixed calls of the op `other` as calls of `name`, of the overloads that it has."""
+    return (own for made in fixed_calls(other) if (own := _as(name, made)) is not None)
+
+
+def generated_calls_like(other: str, name: str) -> st.SearchStrategy[Call]:
+    """Calls as drawn for the op `other`, of the op `name`."""
+    return generated_calls(other).map(lambda made: _as(name, made)).filter(lambda made: made is not None)
+
+
+def _as(name: str, made: Call) -> Call | None:
+    """The call `made` as one of the op `name`; None where it has no such overload."""
+    target, args, kwargs = made
+    own = getattr(aten, name.removeprefix("aten::"))
+    return (getattr(own, target._overloadname), args, kwargs) if target._overloadname in own.overloads() else None
+
+
 # --- what generated calls draw from
 
 SIZE = st.integers(1, 7)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.rules.calls import (
     BF16,
+    DTYPES,
     F32,
     F64,
     I64,
@@ -15,6 +16,7 @@ from tests.rules.calls import (
     broadcastable,
     call,
     cases,
+    dim_of,
     generated,
     one_of,
     overload,
@@ -22,6 +24,39 @@ from tests.rules.calls import (
     shape_of,
     t,
 )
+
+
+@cases("aten::cat", "aten::concat", "aten::concatenate", "aten::stack")
+def _(name):
+    for dim in (0, 1, -1):
+        other = [2, 3, 4]
+        if name != "aten::stack":
+            other[dim] = 5
+        yield call(overload(name), [t(2, 3, 4), t(*other), t(2, 3, 4)], dim)
+    yield call(overload(name), [t(5, 7, dtype=I64)] * 2)
+    if name == "aten::stack":
+        yield call(aten.stack.default, [t(5, 7), t(5, 7)], -2)
+
+
+@generated("aten::cat", "aten::concat", "aten::concatenate")
+def _(draw, name):
+    shape, dtype = shape_of(draw, 1), one_of(draw, *DTYPES)
+    dim, lengths = dim_of(draw, len(shape)), shape_of(draw, 1, 4)
+    if draw(st.booleans()):
+        lengths = lengths[:1] * len(lengths)
+    parts = []
+    for length in lengths:
+        shape[dim] = length
+        parts.append(t(*shape, dtype=dtype))
+    empty = one_of(draw, [], [], [], [], [t(0, dtype=dtype)])
+    return call(overload(name), [*parts, *empty], dim)
+
+
+@generated("aten::stack")
+def _(draw):
+    shape, dtype = shape_of(draw, 0, 3), one_of(draw, *DTYPES)
+    count = draw(st.integers(1, 4))
+    return call(aten.stack.default, [t(*shape, dtype=dtype) for _ in range(count)], dim_of(draw, len(shape) + 1))
 
 
 @cases("aten::meshgrid")
