@@ -346,7 +346,9 @@ class _Reader:
 #   attention    FlashAttention-2 (Dao 2023): on A100 up to 73% forward, 63% backward; on H100 35% (Shah et al. 2024,
 #                FlashAttention-3, section 1). It is what PyTorch's flash kernel is
 #   memory       large streaming kernels: 85 to 92% of the peak (BabelStream)
-#   links        nccl-tests' bus bandwidth of large messages: about 80% of NVLink, 90% of InfiniBand, 75% of PCIe
+#   links        nccl-tests' bus bandwidth of large messages: about 80% of NVLink (370 of an H100's 450 GB/s: NVIDIA/nccl-tests
+#                issue 212), 90% of InfiniBand (rings over 4 nodes of H100 at 360 GB/s, 45 a port, as NVIDIA/nccl issue 1229
+#                reports; 280 over 64 nodes), 75% of PCIe. All-reduces in the switch (NVLink SHARP) are not in it
 # A kernel's overhead is what the device spends on one that does nothing, where the host runs ahead; latencies are those of
 # nccl-tests' smallest messages, over their steps.
 _LAUNCH = 3e-6

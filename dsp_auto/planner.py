@@ -36,7 +36,7 @@ from .passes.presets import (
 )
 from .passes.problem import OBJECTIVES, Problem
 from .passes.rewrite import rewrite
-from .passes.solve import SLACK, TOLERANCE, OutOfTimeError, Solution, solve
+from .passes.solve import GAP, SLACK, TOLERANCE, OutOfTimeError, Solution, out_of_time, solve
 from .passes.stages import MAY_STAY_WHOLE, StageGraph, make_stages
 from .passes.summarize import summarize
 from .plan import Plan
@@ -270,18 +270,26 @@ def decide(prepared: Prepared) -> Solution:
             except (InfeasibleError, OutOfTimeError) as error:
                 failed.append(error)
 
-    look(ALWAYS)
-    if asks and any(own.objective > (1 + TOLERANCE) * (own.unbounded or 0.0) for own in found.values()):
+    others = any(space.when != ALWAYS for space in prepared.spaces)
+    look(ALWAYS, options.time_limit / 2 if others else math.inf)
+    if not found or any(_presets_may_be_better(own) for own in found.values()):
         look(MEMORY)
     if _parts_may_be_better(prepared, min((own.objective for own in _frugal(prepared, found)), default=math.inf)):
         look(PARAMETERS)
         # With a capacity only the union has all that the presets have.
         look(UNION, math.inf if options.capacity is not None else max(time.perf_counter() - started, LEAST_SECONDS))
     if not found:
-        late = next((error for error in failed if isinstance(error, OutOfTimeError)), None)
-        raise late or min(failed, key=lambda error: error.least_bytes)
+        if any(isinstance(error, OutOfTimeError) for error in failed):
+            raise out_of_time(options.time_limit)
+        raise min(failed, key=lambda error: error.least_bytes)
     best = min(_frugal(prepared, found), key=lambda solution: solution.objective)
     return replace(best, seconds={"solve": time.perf_counter() - started})
+
+
+def _presets_may_be_better(union: Solution) -> bool:
+    """Whether a restriction might do better than the union: with more memory, or where the solver did not come to the end."""
+    costs_memory = union.unbounded is not None and union.objective > (1 + TOLERANCE) * union.unbounded
+    return costs_memory or union.gap > GAP
 
 
 def _parts_may_be_better(prepared: Prepared, objective: float) -> bool:

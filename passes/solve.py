@@ -96,7 +96,7 @@ def solve(
             answer, bound = _solve_apart(problem, apart, answer, bound, points, capacity, limit)
     if answer.choice is None:
         if answer.status != "Infeasible":
-            raise _out_of_time(time_limit)
+            raise out_of_time(time_limit)
         raise _infeasible(problem, model, capacity, left())
     objective = problem.cost(answer.choice)
     return Solution(
@@ -172,11 +172,12 @@ def _high_points(problem: Problem) -> set[int]:
 def _least_peak(problem: Problem, model: Model, time_limit: float) -> tuple[int, tuple[int, ...]]:
     answer, _ = _solve(problem, model, None, time_limit)
     if answer.choice is None:
-        raise _out_of_time(time_limit)
+        raise out_of_time(time_limit)
     return problem.peak(answer.choice)[0], answer.choice
 
 
-def _out_of_time(time_limit: float) -> OutOfTimeError:
+def out_of_time(time_limit: float) -> OutOfTimeError:
+    """To be raised where no plan was found in so many seconds."""
     return OutOfTimeError(
         asked=f"time_limit={time_limit:g}", found="the solver found no plan in so many seconds", remedy="give it more"
     )
