@@ -142,6 +142,7 @@ class Problem:
         self._costs: dict[tuple, Cost] = {}
         self._inside: dict[tuple[int, int], tuple[Inside, ...]] = {}
         self._bytes: dict[tuple, int] = {}
+        self._totals: dict[tuple[int, ...], list[int]] = {}
 
     def target(self, use: Use, source: Layout, wanted: Layout) -> Layout:
         """The layout that a use of a storage made in `source` gets. Where no gradient flows back, it does not matter which
@@ -384,11 +385,13 @@ class Problem:
 
     def totals(self, choice: Sequence[int]) -> list[int]:
         """Bytes alive at every program point of a choice."""
-        kept, found = 0, []
-        for point in self.points:
-            kept += sum(self.term_bytes(term, choice) for term in point.kept)
-            found.append(kept + sum(self.term_bytes(term, choice) for term in point.alive))
-        return found
+        if tuple(choice) not in self._totals:
+            kept, found = 0, []
+            for point in self.points:
+                kept += sum(self.term_bytes(term, choice) for term in point.kept)
+                found.append(kept + sum(self.term_bytes(term, choice) for term in point.alive))
+            self._totals = {tuple(choice): found}  # a solver asks for those of one choice several times
+        return self._totals[tuple(choice)]
 
     def peak(self, choice: Sequence[int]) -> tuple[int, Point | None]:
         """Bytes at the worst program point of a choice, and that point."""

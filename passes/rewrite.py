@@ -218,11 +218,14 @@ class _Writer:
         """This rank's shape of a value; `layout` names places of the value's storage."""
         places = self.graph.views[value][1]
         entry = self.factors.values[value]
+        cut = {placement.place for placement in layout if isinstance(placement, Shard)}
+        if not cut:
+            return entry.shape
         shape, place = [], 0
-        for dim in entry.dims:
-            size = 1
+        for dim, size in zip(entry.dims, entry.shape, strict=True):
             for factor in dim:
-                size *= self._length(factor, cutters(layout, places[place]))
+                if places[place] in cut:
+                    size = size // self.factors.sizes[factor] * self._length(factor, cutters(layout, places[place]))
                 place += 1
             shape.append(size)
         return tuple(shape)
