@@ -435,5 +435,17 @@ def test_a_program_that_sees_no_such_parts_is_given_the_whole_parameter(world):
         assert worst <= GRADIENT_TOLERANCE and placement == str(_StridedShard(0, split_factor=3))
 
 
+def _of_one_model(rank, ranks):
+    model, args, kwargs = fused(layers=1, hidden=16, heads=2, frames=4, tokens=6)
+    expected = model(*args, **kwargs).detach()
+    mesh = sp_mesh(ranks)
+    whole, cut = (dsp_auto.parallelize(model, mesh, strategy=name) for name in ("dsp", "megatron-lm"))
+    return [deviation(own(*args, **kwargs).detach(), expected) for own in (whole, cut, whole, cut)]
+
+
+def test_two_parallel_modules_of_one_model_see_its_parameters_as_they_are_held(world):
+    assert all(max(told) <= OUTPUT_TOLERANCE for told in world(2).run(_of_one_model))
+
+
 def test_a_first_call_under_inference_mode_leaves_parameters_that_train(world):
     assert max(world(2).run(_first_in_inference_mode)) <= OUTPUT_TOLERANCE
