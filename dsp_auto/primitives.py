@@ -100,15 +100,7 @@ def _switch(
     group: str,
     scatter_size: list[int] | None = None,
 ) -> Tensor:
-    at = _site("switch", ranks, rank, group)
-    gather_dim, scatter_dim = _dim(x, gather_dim, at), _dim(x, scatter_dim, at)
-    if gather_dim == scatter_dim:
-        raise LayoutError(f"switch: gather_dim and scatter_dim are both {gather_dim}; nothing to switch")
-    gathered = _check_shard(x, gather_dim, gather_size, at)
-    scattered = _check_whole(x, scatter_dim, scatter_size, at)
-    if ranks == 1:
-        return x
-    return _apply_switch(x, gather_dim, gathered, scatter_dim, scattered, at)
+    return _switch_at(_site("switch", ranks, rank, group), x, gather_dim, gather_size, scatter_dim, scatter_size)
 
 
 def _hierarchical_switch(
@@ -126,10 +118,21 @@ def _hierarchical_switch(
 ) -> Tensor:
     inner = _site("hierarchical_switch", ranks, rank, group)
     outer = _site("hierarchical_switch", outer_ranks, outer_rank, outer_group)
-    at = _Both("hierarchical_switch", outer, inner)
+    both = _Both("hierarchical_switch", outer, inner)
+    return _switch_at(both, x, gather_dim, gather_size, scatter_dim, scatter_size)
+
+
+def _switch_at(
+    at: _At | _Both,
+    x: Tensor,
+    gather_dim: int,
+    gather_size: list[int],
+    scatter_dim: int,
+    scatter_size: list[int] | None,
+) -> Tensor:
     gather_dim, scatter_dim = _dim(x, gather_dim, at), _dim(x, scatter_dim, at)
     if gather_dim == scatter_dim:
-        raise LayoutError(f"hierarchical_switch: gather_dim and scatter_dim are both {gather_dim}; nothing to switch")
+        raise LayoutError(f"{at.primitive}: gather_dim and scatter_dim are both {gather_dim}; nothing to switch")
     gathered = _check_shard(x, gather_dim, gather_size, at)
     scattered = _check_whole(x, scatter_dim, scatter_size, at)
     if at.ranks == 1:

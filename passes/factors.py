@@ -116,6 +116,11 @@ class Factors:
     sequences: tuple[frozenset[int], ...] = ()
     weights: frozenset[str] = frozenset()
 
+    @cached_property
+    def cut(self) -> frozenset[int]:
+        """The factors that some op's rule cuts."""
+        return frozenset(factor for op in self.ops for cut in op.cuts for factor in op.factors(cut))
+
     def show(self, value: ValueId) -> str:
         """`(B T) S C` with the factors' names."""
         dims = [[self.names[factor] for factor in dim] for dim in self.values[value].dims]

@@ -146,7 +146,7 @@ def _spaces(factors: Factors, mesh: Mesh, strategy: str, preset: Preset) -> tupl
     rest: dict[str, Any] = {"weights": preset.weights, "held": preset.held, "ring": preset.ring, "preset": strategy}
     if mesh.ranks == 1:
         return (Space(mesh, tuple(frozenset() for _ in mesh.sizes), **rest),)
-    cut = _cut(factors)
+    cut = factors.cut
     split = mesh
     if preset.splits and not has_several_sequences(factors, mesh):
         which = cut & _of_kinds(factors, preset.kinds)
@@ -179,7 +179,7 @@ def least_of_megatron(factors: Factors, ranks: int, training: bool) -> float:
 
 def has_several_sequences(factors: Factors, mesh: Mesh) -> bool:
     """Whether there is another sequence to go to from any: two that are long enough for each mesh dim."""
-    cut = _cut(factors)
+    cut = factors.cut
     long = [group for group in factors.sequences if max(factors.sizes[f] for f in group) >= max(mesh.sizes) and group & cut]
     return len(long) > 1
 
@@ -189,11 +189,6 @@ def _of_kinds(factors: Factors, kinds: Collection[str]) -> frozenset[int]:
     return frozenset(
         own | (factors.heads if "heads" in kinds else set()) | (factors.inner if "inner" in kinds else set())
     )
-
-
-def _cut(factors: Factors) -> frozenset[int]:
-    """The factors that some op's rule cuts."""
-    return frozenset(factor for op in factors.ops for cut in op.cuts for factor in op.factors(cut))
 
 
 def _nbytes(factors: Factors, which: Collection[int]) -> dict[int, int]:

@@ -271,19 +271,15 @@ class _Writer:
         split_dims, dim_of = self._unmerged(storage, [p.place for p in (source, target) if isinstance(p, Shard)])
         if split_dims is not None:
             node = self.emit(aten.reshape.default, node, self._shape(storage, split_dims, step.before))
-        if step.primitive == "switch":
-            size, after = self._sizes(storage, step, step.before), self._sizes(storage, step, step.after)
-            uneven = [after] if len(after) > 1 else []
-            new = self.emit(dsp.switch.default, node, dim_of[source.place], size, dim_of[target.place], *where, *uneven)
-        elif step.primitive == "hierarchical_switch":
-            size, after = self._sizes(storage, step, step.before), self._sizes(storage, step, step.after)
-            both = (*self._where(step.mesh_dims[:1]), *self._where(step.mesh_dims[1:]))
-            ends = (dim_of[source.place], size, dim_of[target.place])
-            uneven = [after] if len(after) > 1 else []
-            new = self.emit(dsp.hierarchical_switch.default, node, *ends, *both, *uneven)
+        # How a dim is cut is said only where it is not as `torch.tensor_split` does.
+        after = self._sizes(storage, step, step.after) if isinstance(target, Shard) else []
+        uneven = [after] if len(after) > 1 else []
+        if step.primitive in ("switch", "hierarchical_switch"):
+            ends = (dim_of[source.place], self._sizes(storage, step, step.before), dim_of[target.place])
+            if step.primitive == "hierarchical_switch":
+                where = (*self._where(step.mesh_dims[:1]), *self._where(step.mesh_dims[1:]))
+            new = self.emit(getattr(dsp, step.primitive).default, node, *ends, *where, *uneven)
         elif step.primitive == "split":
-            size = self._sizes(storage, step, step.after)
-            uneven = [size] if len(size) > 1 else []
             new = self.emit(dsp.split.default, node, dim_of[target.place], *where, _partial(source), *uneven)
         elif step.primitive == "gather":
             size = self._sizes(storage, step, step.before)
@@ -291,8 +287,6 @@ class _Writer:
         elif step.primitive == "reduce":
             new = self.emit(dsp.reduce.default, node, *where, _partial(target))
         elif step.primitive == "reduce_scatter":
-            size = self._sizes(storage, step, step.after)
-            uneven = [size] if len(size) > 1 else []
             new = self.emit(dsp.reduce_scatter.default, node, dim_of[target.place], *where, *uneven)
         else:
             values = self.emit(dsp.replicate.default, [node], *where, self.losses_differ)
