@@ -87,7 +87,7 @@ def compared(name: str, train: bool, ranks: int, time_limit: float, dtype: torch
         "without_rule": dict(Counter(entry["target"] for entry in plan.without_rule)),
         "forward_bytes": plan.communication["forward_bytes"],
         "backward_bytes": plan.communication["backward_bytes"],
-        "peak_bytes": plan.memory["peak_bytes"],
+        "peak_bytes": plan.memory["activation_bytes"],
         "gap": plan.solver["gap"],
         "seconds": dict(plan.seconds),
         "plan": plan,

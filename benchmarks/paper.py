@@ -192,7 +192,7 @@ def of_model(setting: Setting, ranks: int, strategy: str) -> Step | None:
 def peak_bytes(setting: Setting, ranks: int, strategy: str) -> float | None:
     """Bytes of activations of all layers, on each device; None as in `of_model`."""
     try:
-        found = [planned(setting, ranks, strategy, depth).memory["peak_bytes"] for depth in (1, 2)]
+        found = [planned(setting, ranks, strategy, depth).memory["activation_bytes"] for depth in (1, 2)]
     except DspError:
         return None
     return linear(*found, MODELS[setting.model]["layers"])
@@ -381,7 +381,7 @@ def checked(model: str = "720M", frames: int = 128, ranks: int = 2) -> list[dict
     rows, setting, layers = [], Setting(model, frames), MODELS[model]["layers"]
     for strategy in ("dsp", "ulysses"):
         whole = stepped(setting, ranks, strategy, layers)
-        peak = planned(setting, ranks, strategy, layers).memory["peak_bytes"]
+        peak = planned(setting, ranks, strategy, layers).memory["activation_bytes"]
         row = {"method": strategy, "layers": layers, "seconds": whole.seconds, "peak_gb": peak / 1e9}
         row["linear_seconds"] = of_model(setting, ranks, strategy).seconds
         row["linear_peak_gb"] = peak_bytes(setting, ranks, strategy) / 1e9

@@ -73,7 +73,7 @@ def measure(program: Program, mesh: str, strategy: str, time_limit: float) -> di
     seconds = time.perf_counter() - started
     return {
         "wire_bytes": plan.communication["forward_bytes"] + plan.communication["backward_bytes"],
-        "peak_bytes": plan.memory["peak_bytes"],
+        "peak_bytes": plan.memory["activation_bytes"],
         "seconds": seconds,
         "gap": plan.solver["gap"],
         "space": prepared.spaces[solution.space].preset,

@@ -83,12 +83,7 @@ def launch(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> La
 def op_launches(target: Any, args: tuple, kwargs: Mapping[str, Any], training: bool) -> tuple[tuple[Launch, ...], ...]:
     """Kernels of one call on fake tensors: (forward, backward). In training, gradients come for the operands that require
     them; equal calls are looked at once."""
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    described = tuple(_describe(leaf) for leaf in leaves)
-    try:
-        return _launches(_Call(target, leaves, spec, (target, described, str(spec), training)), training)
-    except TypeError:  # an argument that cannot be hashed
-        return _launches.__wrapped__(_Call(target, leaves, spec, ()), training)
+    return call_of(_launches, target, args, kwargs, training)
 
 
 def call_seconds(
@@ -100,8 +95,8 @@ def call_seconds(
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
-    """Equal to calls whose tensors look the same."""
+class Call:
+    """One call of an op on fake tensors; equal to calls whose tensors look the same."""
 
     target: Any
     leaves: list[Any]
@@ -112,12 +107,22 @@ class _Call:
         return hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Call) and self.key == other.key
+        return isinstance(other, Call) and self.key == other.key
+
+
+def call_of(function: Any, target: Any, args: tuple, kwargs: Mapping[str, Any], training: bool) -> Any:
+    """What a cached `function` says of a call."""
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    described = tuple(_describe(leaf) for leaf in leaves)
+    try:
+        return function(Call(target, leaves, spec, (target, described, str(spec), training)), training)
+    except TypeError:  # an argument that cannot be hashed
+        return function.__wrapped__(Call(target, leaves, spec, ()), training)
 
 
 @lru_cache(maxsize=4096)
-def _launches(call: _Call, training: bool) -> tuple[tuple[Launch, ...], ...]:
-    leaves = [_leaf(x, training) if isinstance(x, Tensor) else x for x in call.leaves]
+def _launches(call: Call, training: bool) -> tuple[tuple[Launch, ...], ...]:
+    leaves = [leaf_of(x, training) if isinstance(x, Tensor) else x for x in call.leaves]
     args, kwargs = pytree.tree_unflatten(leaves, call.spec)
     with torch.set_grad_enabled(training), RecordLaunches() as forward:
         result = call.target(*args, **kwargs)
@@ -131,7 +136,8 @@ def _launches(call: _Call, training: bool) -> tuple[tuple[Launch, ...], ...]:
     return tuple(forward.launches), tuple(backward.launches)
 
 
-def _leaf(x: Tensor, training: bool) -> Tensor:
+def leaf_of(x: Tensor, training: bool) -> Tensor:
+    """A tensor like an operand, that a gradient comes to where the operand requires one."""
     return x.detach().requires_grad_(training and x.requires_grad)
 
 

@@ -174,7 +174,7 @@ class Comparison:
             row += [show_bytes(one.wire_bytes(part) / shares) for part in parts]
             row.append(show_bytes(one.plan.communication["paper_forward_volume"] / shares))
             if shares == 1:
-                memory, seconds = one.plan.memory["peak_bytes"], one.prediction.seconds
+                memory, seconds = one.plan.memory["activation_bytes"], one.prediction.seconds
                 row += [show_bytes(memory), show_seconds(seconds), ", ".join(self.best(one))]
             rows.append(row)
         align = ["left"] * (1 + len(parts)) + ["right"] * (len(parts) + 1) + ["right", "right", "left"] * (shares == 1)

@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from .agreement import Agreement
+from .capacity import find_capacity
+from .cost_models.state import TrainingState
 from .errors import DspError, LayoutError, MeshError
 from .groups import group_names, place_in
 from .mesh import as_mesh
@@ -34,6 +36,7 @@ from .passes.capture import Program, capture, ordered_kwargs
 from .passes.checkpointing import local_module
 from .passes.nodes import node_call
 from .passes.rules import why_none
+from .passes.stages import MAY_STAY_WHOLE
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .primitives import before_first_collective
@@ -51,6 +54,10 @@ def parallelize(
     *,
     objective: str = "volume",
     capacity: int | str | None = None,
+    reserve: float | None = None,
+    optimizer: str | TrainingState | None = "adam",
+    recompute: bool | None = None,
+    may_stay_whole: float = MAY_STAY_WHOLE,
     strategy: str | None = None,
     shard_parameters: bool | None = None,
     hardware: Any = None,
@@ -81,6 +88,11 @@ def parallelize(
     options = Options.of(
         capacity,
         hardware,
+        reserve=reserve,
+        optimizer=optimizer,
+        recompute=recompute,
+        may_stay_whole=may_stay_whole,
+        device=getattr(mesh, "device_type", None),
         objective=objective,
         strategy=strategy,
         shard_parameters=shard_parameters,
@@ -300,7 +312,8 @@ class ParallelModule(nn.Module):
 
     def _prepare(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> _Prepared:
         state, agreement = self._dsp, self._dsp.agreement
-        ready, whole = agreement.together(lambda: self._ready(args, kwargs, shapes))
+        options = self._options()
+        ready, whole = agreement.together(lambda: self._ready(args, kwargs, shapes, options))
         solution = agreement.from_first(lambda: decide(ready))
         groups = group_names(state.mesh, ready.problem(solution.space).graph.mesh)
         plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups))
@@ -322,19 +335,34 @@ class ParallelModule(nn.Module):
         return _Prepared(text, plan, module, module.forward, sources, ready.program, _draws(ready))
 
     def _ready(
-        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]
+        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], options: Options
     ) -> tuple[Prepared, frozenset[str]]:
         """What is to be decided, and the names of the parameters held in parts that the program must be given whole."""
         state, mesh = self._dsp, as_mesh(self._dsp.mesh)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         call = _whole_arguments(mode, args, kwargs, shapes) if shapes or state.in_parts else (args, kwargs)
         if not state.in_parts:
-            return prepare(capture(state.model, *call), mesh, state.options), frozenset()
+            return prepare(capture(state.model, *call), mesh, options), frozenset()
         with fake_whole_parameters(state.model, mode):
             program = capture(state.model, *call)
-        ready = prepare(program, mesh, state.options)
+        ready = prepare(program, mesh, options)
         held, whole = held_layouts(program, ready.factors, mesh, placements_in(state.model, state.mesh))
         return replace(ready, held=held), whole
+
+    def _options(self) -> Options:
+        """The options, with what is free now on the rank that has least for the capacity "free"."""
+        state, agreement = self._dsp, self._dsp.agreement
+        capacity = state.options.capacity
+        if capacity is None or capacity.asked != "free":
+            return state.options
+        device = state.mesh.device_type
+        tensors = [*state.model.parameters(), *state.model.buffers()]
+        own = {id(x): x for x in (*tensors, *(x.grad for x in tensors if x.grad is not None)) if x.device.type == device}
+        held = sum(local_value(x).nbytes for x in own.values())
+        free = agreement.together(
+            lambda: find_capacity("free", capacity.reserve, device, held=held, sharing=state.mesh.size()).bytes
+        )
+        return replace(state.options, capacity=replace(capacity, bytes=min(agreement.gather(free))))
 
     def _check_random(self) -> None:
         """What all ranks hold they must draw alike, and the seeds of what they share too."""

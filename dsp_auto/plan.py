@@ -13,7 +13,7 @@ from tabulate import tabulate
 from .errors import DspError
 from .units import show_bytes
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,13 @@ class Plan:
         instead, which `layout`s name.
     communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
         counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
-    memory: bytes of activations per device at the worst program point, and the capacity they were held under.
+    memory: bytes per device. `peak_bytes`: of everything, at the worst program point (`peak_at`); `capacity_bytes`: what it was
+        held under (None: no capacity was given), `reserve_bytes`: what was kept back of it. `activation_bytes`: of activations
+        alone, at their worst point, and `activation_bound_bytes` what they were held under without a capacity. What never
+        changes: `parameter_bytes`, `gradient_bytes` (when all are there), `optimizer_bytes` of the `optimizer`, `step_bytes` in
+        its step, `input_bytes`. `curve`: phase, module and bytes of every program point in order, "again" where a block
+        runs once more.
+    recomputed: blocks whose activations backward makes again, by the plan or by the model.
     factors: name, size and kind of every factor that is not a feature.
     parameters: bytes of all parameters, those on one device, and for each that ranks hold in parts the factor that is cut.
     activations: bytes that all ops make (whole), bytes of those that run replicated, and the ops among these that make more
@@ -79,6 +85,7 @@ class Plan:
     stages: tuple[PlanStage, ...]
     communication: Mapping[str, Any]
     memory: Mapping[str, Any]
+    recomputed: tuple[Mapping[str, Any], ...]
     activations: Mapping[str, Any]
     parameters: Mapping[str, Any]
     factors: tuple[Mapping[str, Any], ...]
@@ -124,7 +131,7 @@ class Plan:
                 )
                 for stage in data.pop("stages")
             )
-            lists = {name: tuple(data.pop(name)) for name in ("factors", "rules", "without_rule", "random")}
+            lists = {name: tuple(data.pop(name)) for name in ("factors", "recomputed", "rules", "without_rule", "random")}
             return cls(stages=stages, **lists, **data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DspError(asked="this is no plan", found=f"{type(error).__name__}: {error}") from error
@@ -164,6 +171,18 @@ class Plan:
             f"mesh {mesh}, strategy {self.strategy}, objective {self.objective}; sequence factors {factors or 'none'}"
         )
 
+    def _memory(self) -> str:
+        own = self.memory
+        activations = f"activations {show_bytes(own['activation_bytes'])} at their peak"
+        if own["activation_bound_bytes"] is not None:
+            activations += f", held under {show_bytes(own['activation_bound_bytes'])}"
+        peak = f"{show_bytes(own['peak_bytes'])} at the peak"
+        if own["capacity_bytes"] is not None:
+            peak += f" of {show_bytes(own['capacity_bytes'])}"
+            peak += f" ({show_bytes(own['reserve_bytes'])} kept back)" if own["reserve_bytes"] else ""
+        state = f" with parameters and {own['optimizer']}" if own["gradient_bytes"] else " with parameters"
+        return f"memory per device: {activations}; {peak}{state}"
+
     def _totals(self) -> str:
         total, solver = self.communication, self.solver
         by_primitive = ", ".join(f"{entry['count']} {name}" for name, entry in total["by_primitive"].items())
@@ -171,12 +190,16 @@ class Plan:
             f"wire bytes per device: forward {show_bytes(total['forward_bytes'])}, "
             f"backward {show_bytes(total['backward_bytes'])} "
             f"(paper's forward volume {show_bytes(total['paper_forward_volume'])}): {by_primitive or 'no communication'}",
-            f"activations per device: {show_bytes(self.memory['peak_bytes'])} at the peak, "
-            f"held under {show_bytes(self.memory['capacity_bytes'])}",
+            self._memory(),
             f"solver {solver['name']}: {solver['status']}, {solver['variables']} variables, {solver['constraints']} "
             f"constraints, gap {solver['gap']:.2%}; seconds: "
             + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()),
         ]
+        chosen = [entry for entry in self.recomputed if entry["by"] == "plan"]
+        if chosen:
+            names = [entry["modules"] for entry in chosen]
+            shown = ", ".join(names) if len(names) <= 4 else f"{names[0]} … {names[-1]}"
+            lines.insert(2, f"recomputed in backward: {len(chosen)} blocks ({shown})")
         if self.parameters["in_parts"]:
             whole, own = self.parameters["bytes"], self.parameters["device_bytes"]
             lines.insert(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gc
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from .capacity import Capacity, find_capacity
 from .cost_models.compute import Launch, op_launches
 from .cost_models.hardware import Hardware, as_hardware
+from .cost_models.state import TrainingState, as_state
 from .errors import InfeasibleError, LayoutError, StrategyError
 from .mesh import Mesh, as_mesh
 from .passes.buckets import Bucket, make_buckets
@@ -35,6 +37,7 @@ from .passes.presets import (
     least_of_megatron,
 )
 from .passes.problem import OBJECTIVES, Problem
+from .passes.regions import find_regions
 from .passes.rewrite import rewrite
 from .passes.solve import GAP, SLACK, TOLERANCE, OutOfTimeError, Solution, out_of_time, solve
 from .passes.stages import MAY_STAY_WHOLE, StageGraph, make_stages
@@ -52,7 +55,10 @@ class Options:
     """How to plan; checked when made, so that nothing is captured for a strategy that does not exist."""
 
     objective: str = "volume"
-    capacity: int | None = None
+    capacity: Capacity | None = None
+    optimizer: TrainingState = TrainingState()
+    recompute: bool | None = None
+    may_stay_whole: float = MAY_STAY_WHOLE
     strategy: str | None = None
     shard_parameters: bool | None = None
     hardware: Hardware | None = None
@@ -67,17 +73,27 @@ class Options:
         cls,
         capacity: int | str | None = None,
         hardware: str | Hardware | None = None,
-        strategy: str | None = None,
-        shard_parameters: bool | None = None,
+        *,
+        reserve: float | None = None,
+        optimizer: str | TrainingState | None = "adam",
+        device: torch.device | str | None = None,
         **rest: Any,
     ) -> Options:
-        options = cls(
-            capacity=parse_capacity(capacity),
-            hardware=as_hardware(hardware),
-            strategy=strategy,
-            shard_parameters=shard_parameters,
-            **rest,
-        )
+        """device: for the capacity "free"."""
+        found = find_capacity(capacity, reserve, device)
+        options = cls(capacity=found, hardware=as_hardware(hardware), optimizer=as_state(optimizer), **rest)
+        if not 0 <= options.may_stay_whole <= 1:
+            raise StrategyError(
+                asked=f"may_stay_whole={options.may_stay_whole!r}",
+                found="it is a share of all bytes that ops make",
+                remedy="give a number from 0 to 1",
+            )
+        if options.recompute and options.capacity is None:
+            raise StrategyError(
+                asked="recompute=True",
+                found="there is no capacity, so nothing says how much has to be recomputed",
+                remedy='give one: capacity="80GB"',
+            )
         if options.strategy is not None:
             check_preset(options.strategy)
         if options.objective not in OBJECTIVES:
@@ -93,6 +109,11 @@ class Options:
             options = replace(options, hardware=as_hardware("h100"))
         return options
 
+
+    @property
+    def usable(self) -> int | None:
+        """Bytes of a device that a plan may use."""
+        return self.capacity and self.capacity.usable
 
     def settled(self, factors: Factors, mesh: Mesh) -> Options:
         """With a strategy, where none was asked for."""
@@ -119,22 +140,6 @@ def _check_spec_types(options: Options) -> None:
             found=f"a {type(specs).__name__}",
             remedy='write it as {"sp": 1}, or a list with one such entry (or None) for each tensor that is returned',
         )
-
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_capacity(capacity: int | str | None) -> int | None:
-    """Bytes from bytes, `"80GB"` or `"512MiB"`. Raises StrategyError for anything else."""
-    if capacity is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(capacity))
-    if isinstance(capacity, bool) or found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
-        raise StrategyError(
-            asked=f"capacity {capacity!r}", found="not an amount of memory", remedy='give bytes, "80GB" or "512MiB"'
-        )
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 @dataclass
@@ -165,14 +170,21 @@ class Prepared:
             space,
             _in_layouts(program, factors, space.mesh, options.in_layouts or {}),
             _out_layouts(program, factors, space.mesh, options.out_layouts),
-            # Without a capacity, large activations are sharded; a text prompt or a timestep may stay whole.
-            MAY_STAY_WHOLE if options.capacity is None else None,
+            options.may_stay_whole if options.may_stay_whole < 1 else None,
             None
             if self.held is None
             else {name: _refined(layout, self.mesh, space.mesh) for name, layout in self.held.items()},
         )
-        seconds = _compute_seconds(program, graph, options)
-        return Problem(program, graph, options.objective, _hardware(options, space.mesh), seconds)
+        return Problem(
+            program,
+            graph,
+            options.objective,
+            _hardware(options, space.mesh),
+            _compute_seconds(program, graph, options),
+            options.optimizer,
+            find_regions(graph, candidates=options.capacity is not None and options.recompute is not False),
+            whole=options.capacity is not None,
+        )
 
 
 def plan(
@@ -183,6 +195,10 @@ def plan(
     *,
     objective: str = "volume",
     capacity: int | str | None = None,
+    reserve: float | None = None,
+    optimizer: str | TrainingState | None = "adam",
+    recompute: bool | None = None,
+    may_stay_whole: float = MAY_STAY_WHOLE,
     strategy: str | None = None,
     shard_parameters: bool | None = None,
     hardware: str | Hardware | None = None,
@@ -199,8 +215,17 @@ def plan(
     mesh: a DeviceMesh, `"8"`, `"2x4"` or a `Mesh`.
     objective: "volume" (wire bytes of forward, backward and gradient synchronization) or "time" (seconds by the
         alpha-beta and roofline models on `hardware`: a profile's name or a `Hardware`; "h100" where none is given).
-    capacity: bytes of activations per device (or `"80GB"`); without it, the least that any plan reaches, plus 10%, and of what
-        could be sharded only the smallest tensors, which make up 5% of all, may stay whole.
+    capacity: memory of a device for everything, in bytes, as `"80GB"`, or "free": what is free on this one now. Without it,
+        activations take no more than those of the plan that makes the fewest bytes, plus 10%.
+    reserve: the share of the capacity that is kept back for the allocator and libraries; None: 5%, of a bare number of bytes
+        nothing.
+    optimizer: what a training step holds of each parameter: "adam", "adamw", "sgd", "sgd-momentum", "none", or a
+        `TrainingState` with float32 copies and ZeRO over data-parallel ranks.
+    recompute: whether blocks may be recomputed in backward instead of keeping their activations; None: where a capacity is
+        given. What the model itself runs under `torch.utils.checkpoint` is recomputed in any case.
+    may_stay_whole: of what could be sharded the smallest tensors that together make this share of all bytes (a text prompt, a
+        timestep) may be made on every device; the others are sharded, whatever fits. 1: anything, as Eq. 9 has it, which then
+        replicates all that the capacity has room for.
     strategy: one of `passes.presets`: "dsp", "ulysses", "megatron-lm", "megatron-sp", "ring", or "auto", which may do all that
         they do. None: "dsp" for a model of several sequences that are long enough, else "auto" with all parameters left whole.
     shard_parameters: whether ranks may hold parts of parameters (as DTensors); None: as the strategy has it.
@@ -216,6 +241,10 @@ def plan(
     options = Options.of(
         capacity,
         hardware,
+        reserve=reserve,
+        optimizer=optimizer,
+        recompute=recompute,
+        may_stay_whole=may_stay_whole,
         objective=objective,
         strategy=strategy,
         shard_parameters=shard_parameters,
@@ -265,7 +294,7 @@ def decide(prepared: Prepared) -> Solution:
                 with _no_garbage_collection():
                     asked = asks and when == ALWAYS
                     seconds = max(min(left, limit), min(LEAST_SECONDS, options.time_limit))
-                    solution = solve(problem, options.capacity, time_limit=seconds, unbounded=asked)
+                    solution = solve(problem, options.usable, time_limit=seconds, unbounded=asked)
                 found[number] = replace(solution, space=number)
             except (InfeasibleError, OutOfTimeError) as error:
                 failed.append(error)
@@ -326,14 +355,14 @@ def finish(
     with _no_garbage_collection():
         buckets: tuple[Bucket, ...] = make_buckets(problem.graph, problem.reshardings(solution.choice))
         names = {mesh_dims: (groups or mesh.label)(mesh_dims) for mesh_dims in problem.lines(solution.choice)}
-        graph = rewrite(prepared.program, problem, solution.choice, buckets, mesh.coordinate(rank), names)
+        graph = rewrite(prepared.program, problem, solution, buckets, mesh.coordinate(rank), names)
     seconds = {
         "export": prepared.seconds["export"],
         "capture": prepared.seconds["capture"],
         "plan": prepared.seconds["prepare"] + sum(solution.seconds.values()),
         "rewrite": time.perf_counter() - started,
     }
-    return summarize(problem, solution, buckets, prepared.options.strategy, seconds), graph
+    return summarize(problem, solution, buckets, prepared.options.strategy, prepared.options.capacity, seconds), graph
 
 
 @contextmanager
@@ -348,24 +377,25 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _compute_seconds(program: Program, graph: StageGraph, options: Options) -> Callable[[int, int], float] | None:
-    """Roofline seconds of a stage under one of its strategies, for the objective "time"."""
+def _compute_seconds(program: Program, graph: StageGraph, options: Options) -> Callable[[int, int, bool], float] | None:
+    """Roofline seconds of a stage under one of its strategies, for the objective "time"; of its forward alone where it runs
+    again."""
     if options.objective != "time":
         return None
     hardware = _hardware(options, graph.mesh)
-    launched: dict[int, tuple[Launch, ...]] = {}
+    launched: dict[int, tuple[tuple[Launch, ...], ...]] = {}
 
-    def seconds(stage: int, strategy: int) -> float:
+    def seconds(stage: int, strategy: int, again: bool) -> float:
         entry = graph.stages[stage]
         if entry.op is None:
             return 0.0
         if stage not in launched:
             node = entry.op.node
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-            forward, backward = op_launches(node.target, args, kwargs, program.training)
-            launched[stage] = forward + backward
+            launched[stage] = op_launches(node.target, args, kwargs, program.training)
         shards = graph.shards(stage, strategy)
-        return sum(launch.seconds(hardware, shards) for launch in launched[stage])
+        forward, backward = launched[stage]
+        return sum(launch.seconds(hardware, shards) for launch in (forward if again else forward + backward))
 
     return seconds
 

@@ -23,7 +23,7 @@ from .cost_models.compute import Launch, RecordLaunches
 from .cost_models.hardware import KINDS, Hardware
 from .measure import CountCollectives
 from .mesh import as_mesh
-from .passes.capture import capture
+from .passes.capture import Program, capture
 from .passes.checkpointing import local_module
 from .passes.solve import Solution
 from .planner import Options, Prepared, decide, finish, prepare
@@ -119,11 +119,7 @@ def trace_rank(prepared: Prepared, solution: Solution, graph: fx.Graph) -> Trace
     sizes = list(zip(mesh.names, mesh.sizes, strict=True))
     lines = [line for n in range(len(sizes)) for line in itertools.combinations(range(len(sizes)), n + 1)]
     dims = {mesh.label(line): [sizes[m] for m in line] for line in lines}
-    flags = [
-        isinstance(value := node.meta.get("val"), torch.Tensor) and value.requires_grad
-        for node in prepared.program.graph.nodes
-        if node.op == "placeholder"
-    ]
+    flags = requires_grad_flags(prepared.program)
     found = trace(local_module(graph, prepared.program.module), flags, dict(sizes), dims)
     agreement = Issued("all_gather", 8.0 * (mesh.ranks - 1), tuple(sizes))
     return replace(found, forward=(agreement, *found.forward))
@@ -146,7 +142,7 @@ def trace(
     known = {group: ((group, ranks),) for group, ranks in _groups(program).items()} | dict(dims or {})
     training = any(requires_grad)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [_input(value, wanted) for value, wanted in zip(given, requires_grad, strict=True)]
+        inputs = [fake_input(value, wanted) for value, wanted in zip(given, requires_grad, strict=True)]
         with torch.set_grad_enabled(training), CountCollectives() as counter, _Record(counter, known) as forward:
             results = program(*inputs)
         made = [x for x in pytree.tree_leaves(results) if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -194,7 +190,14 @@ def _groups(program: fx.GraphModule) -> dict[str, int]:
     return found
 
 
-def _input(value: Any, requires_grad: bool) -> Any:
+def requires_grad_flags(program: Program) -> list[bool]:
+    """Whether each placeholder of a captured program requires a gradient."""
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
+    return [isinstance(value, torch.Tensor) and value.requires_grad for value in values]
+
+
+def fake_input(value: Any, requires_grad: bool) -> Any:
+    """A leaf like `value`, to be called within the fake mode; what is no tensor, as it is."""
     if not isinstance(value, torch.Tensor):
         return value
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -409,6 +409,7 @@ def _run_switch(
         sends = [gathered[at.rank] * n * rest for n in scattered]
         receives = [n * scattered[at.rank] * rest for n in gathered]
         received = _all_to_all(packed, receives, sends, at)
+    del packed  # before there is one more
     shape = _resized(x, gather_dim, sum(gathered))
     shape[scatter_dim] = scattered[at.rank]
     return _unpack(received, shape, gather_dim, gathered)
@@ -443,7 +444,7 @@ def _run_reduce_scatter(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
 
 def _run_all_reduce(x: Tensor, at: _At, owned: bool = False) -> Tensor:
     """`owned`: nobody else holds x, so it may be overwritten. A compiler decides that for itself."""
-    op = _c10d.all_reduce_ if owned and type(x) is Tensor else _c10d.all_reduce
+    op = _c10d.all_reduce_ if owned and not torch.compiler.is_compiling() else _c10d.all_reduce
     return _communicate(op, at, x.contiguous(), "sum", at.group)
 
 

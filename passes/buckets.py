@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from dsp_auto.cost_models.state import packed
+
 from .layout import Step
 from .nodes import ValueId
-from .problem import BUCKET_BYTES, Resharding
+from .problem import Resharding
 from .stages import StageGraph
 
 
@@ -41,11 +43,9 @@ def make_buckets(graph: StageGraph, reshardings: Iterable[Resharding]) -> tuple[
         first_use = min(use.stage for use in graph.uses[storage])
         nbytes = graph.local_bytes(storage, own[0].source)
         ready.append((first_use, own[0], entry.root.dtype, nbytes))
-    found: dict[tuple, list[Bucket]] = {}
-    for _, own, dtype, nbytes in sorted(ready, key=lambda item: item[0]):
-        buckets = found.setdefault((tuple(step.mesh_dims for step in own.steps), dtype), [])
-        if buckets and buckets[-1].nbytes + nbytes <= BUCKET_BYTES:
-            buckets[-1] = Bucket((*buckets[-1].reshardings, own), buckets[-1].nbytes + nbytes)
-        else:
-            buckets.append(Bucket((own,), nbytes))
-    return tuple(bucket for buckets in found.values() for bucket in buckets)
+    ready.sort(key=lambda item: item[0])
+    found = []
+    for bucket in packed([((tuple(s.mesh_dims for s in own.steps), dtype), nbytes) for _, own, dtype, nbytes in ready]):
+        own = [ready[n] for n in bucket]
+        found.append(Bucket(tuple(item[1] for item in own), sum(item[3] for item in own)))
+    return tuple(found)

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from dsp_auto.errors import CaptureError, first_lines
 
 from .check_gradients import check_gradients, unchanged
-from .checkpointing import kept, marking, recomputed
+from .checkpointing import marking
 from .inline_no_grad import inline_no_grad
 from .normalize import compose, drop_assertions, drop_empty_parts, write_out_shapes
 from .propagate import Saved, propagate
@@ -54,8 +54,7 @@ class Program:
     out_spec: pytree.TreeSpec
     mutated: tuple[tuple[str, str], ...]  # (kind, name) written back from the first outputs
     training: bool  # gradients will be asked for
-    saved: Mapping[str, Saved]  # per op node, what is kept for backward
-    recomputed: Mapping[int, tuple[Saved, ...]] = field(default_factory=dict)  # per checkpoint, what its ops save meanwhile
+    saved: Mapping[str, Saved]  # per op node, what is kept for backward, or in a checkpoint made again for it
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -112,8 +111,7 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
         out_spec=exported.call_spec.out_spec,
         mutated=mutated,
         training=training,
-        saved=kept(module.graph, saved),
-        recomputed=recomputed(module.graph, saved),
+        saved=saved,
         seconds={"export": exported_at - started, "capture": time.perf_counter() - started},
     )
 

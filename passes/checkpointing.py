@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,6 @@ import torch
 from torch import fx
 from torch.fx import traceback
 from torch.utils import checkpoint
-
-from .nodes import value_id
-from .propagate import Saved
 
 _MARK = "dsp_auto.recomputed"
 
@@ -69,35 +66,6 @@ def marking() -> Iterator[Marks]:
 def region(node: fx.Node) -> int | None:
     """The checkpoint that a captured op stands in, None outside of all."""
     return node.meta.get("custom", {}).get(_MARK)
-
-
-def kept(graph: fx.Graph, saved: Mapping[str, Saved]) -> dict[str, Saved]:
-    """Of what each op saves for backward, what stays where checkpoints recompute: the tensors that a checkpoint takes."""
-    inside: dict[int, set[str]] = {}
-    for node in graph.nodes:
-        if region(node) is not None:
-            inside.setdefault(region(node), set()).add(node.name)
-    found, taken = dict(saved), {}
-    for node in graph.nodes:
-        number = region(node)
-        if number is None:
-            continue
-        found.pop(node.name, None)
-        for operand in node.all_input_nodes:
-            if operand.name not in inside[number] and operand.op != "get_attr":
-                taken.setdefault(number, (node.name, {}))[1][value_id(operand)] = None
-    for first, values in taken.values():
-        found[first] = Saved(tuple(values))
-    return found
-
-
-def recomputed(graph: fx.Graph, saved: Mapping[str, Saved]) -> dict[int, tuple[Saved, ...]]:
-    """What the ops of each checkpoint save, which backward makes again."""
-    found: dict[int, tuple[Saved, ...]] = {}
-    for node in graph.nodes:
-        if region(node) is not None and node.name in saved:
-            found[region(node)] = (*found.get(region(node), ()), saved[node.name])
-    return found
 
 
 def recompute(body: fx.GraphModule, *args: Any) -> Any:

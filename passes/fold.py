@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy
 
 from .stages import INPUT, Stage, StageGraph
@@ -31,6 +33,18 @@ def fold(graph: StageGraph) -> tuple[int, ...]:
             same[begin + start + n] = begin + start + n % period
         todo += [(begin, begin + start), (begin + start + period * copies, end)]
     return tuple(_sources_too(graph, same))
+
+
+def split(graph: StageGraph, same: Sequence[int], at: int) -> tuple[int, ...]:
+    """Copies before stage `at` share their decisions, and those from it on do."""
+    first: dict[int, int] = {}
+    found = []
+    for index, shared in enumerate(same):
+        if index < at or graph.stages[index].kind == INPUT:
+            found.append(shared)
+        else:
+            found.append(first.setdefault(shared, index) if shared < at else first.setdefault(shared, shared))
+    return tuple(_sources_too(graph, found))
 
 
 def _sources_too(graph: StageGraph, same: list[int]) -> list[int]:

@@ -25,16 +25,31 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy
 import pulp
 
 from .layout import Layout
-from .lifetimes import Internal, Kept, Made, Term, Used
+from .lifetimes import (
+    ALIAS,
+    MADE,
+    VIEW,
+    Alive,
+    Buffers,
+    Extra,
+    Held,
+    Holder,
+    Internal,
+    Packed,
+    Reach,
+    Resharded,
+)
 from .nodes import ValueId
-from .problem import TIE, Problem
+from .problem import TIE, Problem, Resharding
 from .stages import Stage, Use, strip
 
 # The objective's largest coefficient, and HiGHS's tolerances. With larger ones HiGHS 1.15 has called a plan optimal that was
@@ -44,17 +59,21 @@ _PRECISE = {"mip_feasibility_tolerance": 1e-9, "mip_abs_gap": 0.0}
 
 Expression = dict[str, float]
 ByLayout = dict[Layout, Expression]
+_Bound = tuple[Expression, float]  # an expression and a constant
+_Term = tuple[int, dict[Any, Expression], dict[Any, float]]  # copies, expressions by label, bytes by label
+CONSTANT = ""  # in a row, the variable that is 1
 
 
 @dataclass(frozen=True)
 class Answer:
     """What the solver said. `value` is the objective (or the peak), `choice` the strategy of every stage; both None where it
-    found none. `optimal`: there is no better one."""
+    found none. recomputed: numbers of the regions that are recomputed by choice. optimal: there is no better one."""
 
     status: str
     optimal: bool
     value: float | None
     choice: tuple[int, ...] | None
+    recomputed: frozenset[int]
     solver: str
     variables: int
     constraints: int
@@ -87,12 +106,19 @@ class Model:
         self._tie = TIE * (max(made, default=1) if problem.objective == "volume" else 1.0)
         self._layouts: dict[tuple, ByLayout] = {}
         self._edges: dict[tuple, dict[tuple[Layout, Layout], Expression]] = {}
-        self._terms: dict[tuple, tuple[int, ByLayout, dict[Layout, float]]] = {}
+        self._terms: dict[int, _Term] = {}
+        self._largest: dict[tuple, str] = {}
         self._parts = itertools.count()
         self._pulp: dict[tuple, tuple[dict[str, pulp.LpVariable], list[pulp.LpConstraint]]] = {}
         self.groups = self._group()
+        self.ledger = problem.ledger(same, self.group_numbers)
+        self.rho = self._recompute()
         self._choose()
         self._reshard()
+        self._charge_again()
+
+    def group_numbers(self) -> dict[ValueId, int]:
+        return {storage: group.number for group in self.groups for storage in group.storages}
 
     # --- expressions
 
@@ -152,8 +178,8 @@ class Model:
                     row: Expression = {name: float(count)}
                     self._add(row, expression, -float(everywhere))
                     self._row(row, sense, -float(slack))
-        names = [name for expression in found.values() for name in expression]
-        self._row(dict.fromkeys(names, 1.0), "=" if exclusive else ">=", 1.0)
+        if exclusive:
+            self._row({name: 1.0 for expression in found.values() for name in expression}, "=", 1.0)
         return found
 
     # --- stages, flows and reshardings
@@ -172,6 +198,43 @@ class Model:
                 self._add(self.objective, {name: own + self._repeated_work(stage, k) * self._tie})
                 if self.problem.objective == "time":
                     self._add(self.objective, {name: self.problem.compute_seconds(stage.index, k)})
+
+    def _recompute(self) -> dict[int, str]:
+        """A variable for each region that may be recomputed; copies of one share it, as their stages do."""
+        found = {region: f"r{first}" for region, first in self.ledger.regions.items()}
+        self.binaries += dict.fromkeys(found.values())
+        for name in found.values():
+            self._variable(name)
+        return found
+
+    def _charge_again(self) -> None:
+        """What regions that are recomputed pay once more."""
+        for region in self.problem.regions:
+            work = sum(self.graph.storages[r].root.nbytes for s in region.stages for r in self.graph.stages[s].results)
+            if not region.forced:
+                # Of plans that cost the same, the one that recomputes least.
+                self._add(self.objective, {self.rho[region.number]: self._tie * (1 + work / self._made_bytes)})
+            for index in region.stages:
+                costs: dict[float, Expression] = {}
+                for k, name in enumerate(self.x[self.same[index]]):
+                    cost = self.problem.inside_again(index, k)
+                    if self.problem.objective == "time":
+                        cost += self.problem.compute_again(index, k)
+                    self._add(costs.setdefault(cost, {}), {name: 1.0})
+                for cost, expression in costs.items():
+                    if cost:
+                        self._charge_if(expression, region.number, cost, whole=len(costs) == 1)
+
+    def _charge_if(self, expression: Expression, region: int, weight: float, whole: bool = False) -> None:
+        """`weight`, if `expression` is 1 and the region is recomputed. whole: it always is."""
+        if region in self.problem.forced:
+            self._add(self.objective, expression, weight)
+        elif whole:
+            self._add(self.objective, {self.rho[region]: weight})
+        else:
+            both = {**expression}
+            self._add(both, {self.rho[region]: 1.0})
+            self._add(self.objective, self._at_least([(both, -1.0)]), weight)
 
     def _repeated_work(self, stage: Stage, strategy: int) -> float:
         """The share of the program's result bytes that this stage makes on every rank of a mesh dim."""
@@ -256,6 +319,38 @@ class Model:
                 else:
                     self._charge(f"y{group.number}_{position}", everyone, there * count)
                     self._charge(f"w{group.number}_{position}", with_grad, back * count)
+                self._reshard_again(group, a, b, resharding)
+
+    def _reshard_again(self, group: _Group, source: Layout, target: Layout, resharding: Resharding) -> None:
+        """What a resharding costs once more, where it stands in a region that is recomputed: that of the first who wants it."""
+        storage, weight = group.storages[0], self.problem.weight(resharding.cost)
+        earlier: Expression = {}
+        by_region: dict[int | None, list[tuple[tuple, Use]]] = {}
+        for key, uses in sorted(group.uses.items(), key=lambda item: item[1][0].stage):
+            by_region.setdefault(self.problem.region_of.get(uses[0].stage), []).append((key, uses[0]))
+        for region, wanted in by_region.items() if weight else ():
+            own = []
+            for key, use in wanted:
+                pairs = self._flow(group, key).items()
+                found: Expression = {}
+                for (a, b), expression in pairs:
+                    if a == source and self.problem.target(use, a, b) == target:
+                        self._add(found, expression)
+                if found:
+                    own.append(found)
+            if self.problem.is_inside(storage, region, source, target) and own:
+                bounds = []
+                for expression in own:
+                    first = {**expression}
+                    self._add(first, earlier, -1.0)
+                    if region in self.problem.forced:
+                        bounds.append((first, 0.0))
+                    else:
+                        self._add(first, {self.rho[region]: 1.0})
+                        bounds.append((first, -1.0))
+                self._add(self.objective, self._at_least(bounds), weight * len(group.storages))
+            for expression in own:
+                self._add(earlier, expression)
 
     def _charge(self, name: str, distinct: Mapping[tuple, Expression], weight: float) -> None:
         """`weight` once, if any of the expressions is 1."""
@@ -275,119 +370,227 @@ class Model:
 
     # --- memory
 
-    def _term(self, term: Term) -> tuple | None:
-        """Key of a term among all copies; `self._terms[key]` is (copies, expressions by layout, bytes by layout)."""
-        if isinstance(term, Internal):
-            key = ("internal", self.same[term.stage], term.nbytes)
-            if key not in self._terms:
-                names = self.x[self.same[term.stage]]
-                sizes = {k: float(self.problem.internal_bytes(term, k)) for k in range(len(names))}
-                expressions = {k: {name: 1.0} for k, name in enumerate(names)}
-                self._terms[key] = (self.copies[self.same[term.stage]], expressions, sizes)
-        elif isinstance(term, Made):
-            key = ("made", *self._storage_key(term.storage))
-            if key not in self._terms:
-                expressions = self.made(term.storage)
-                sizes = {layout: float(self.problem.nbytes(term.storage, layout)) for layout in expressions}
-                self._terms[key] = (self.copies[key[1]], expressions, sizes)
-        elif isinstance(term, Used):
-            use = term.use
-            group = self._group_of[use.storage]
-            key = ("used", *self._use_key(use), group.number if term.only_resharded else None)
-            if key not in self._terms and term.only_resharded:
-                expressions, sizes = {}, {}
-                for (a, b), expression in self._flow(group, self._use_key(use)).items():
-                    if self.problem.target(use, a, b) != a:
-                        self._add(expressions.setdefault(b, {}), expression)
-                        sizes[b] = float(self.problem.nbytes(use.storage, b))
-                # A pair is no one-hot: a mean over some copies says nothing, so a part of them does not count.
-                self._terms[key] = (len(group.uses[self._use_key(use)]), expressions, sizes)
-            elif key not in self._terms:
-                expressions = self.wanted(use)
-                sizes = {layout: float(self.problem.nbytes(use.storage, layout)) for layout in expressions}
-                self._terms[key] = (self.copies[self.same[use.stage]], expressions, sizes)
-        else:
-            key = self._kept(term)
-        return key
-
-    @property
+    @cached_property
     def _group_of(self) -> Mapping[ValueId, _Group]:
-        if not hasattr(self, "_groups_by_storage"):
-            self._groups_by_storage = {storage: group for group in self.groups for storage in group.storages}
-        return self._groups_by_storage
+        return {storage: group for group in self.groups for storage in group.storages}
 
-    def _kept(self, term: Kept) -> tuple:
+    def _internal(self, term: Internal | Extra) -> _Term:
+        found, sizes = {}, {}
+        region = term.region if isinstance(term, Internal) else None
+        for k, name in enumerate(self.x[self.same[term.stage]]):
+            nbytes = self.problem.shared_bytes(term, k)
+            self._add(found.setdefault(nbytes, {}), {name: 1.0})
+            sizes[nbytes] = float(nbytes)
+        if region is not None:
+            found = {n: self._at_least([self._unless(own, region)]) for n, own in found.items()}
+        return self.copies[self.same[term.stage]], found, sizes
+
+    _extra = _internal
+
+    def _held(self, term: Held) -> _Term:
+        expressions = self.made(term.storage)
+        sizes = {layout: float(self.problem.held_bytes(term, layout)) for layout in expressions}
+        return self.copies[self._storage_key(term.storage)[0]], expressions, sizes
+
+    def _packed(self, term: Packed) -> _Term:
+        return 1, {None: {CONSTANT: 1.0}}, {None: float(term.nbytes)}
+
+    def _buffers(self, term: Buffers) -> _Term:
+        use, found, sizes = term.use, {}, {}
+        for (a, b), expression in self._flow(self._group_of[use.storage], self._use_key(use)).items():
+            target = self.problem.target(use, a, b)
+            nbytes = self.problem.buffers_bytes(use.storage, a, target, term.back) if target != a else 0
+            if nbytes:
+                self._add(found.setdefault(nbytes, {}), expression)
+                sizes[nbytes] = float(nbytes)
+        return len(self._group_of[use.storage].uses[self._use_key(use)]), found, sizes
+
+    def _resharded(self, term: Resharded) -> _Term:
         group = self._group_of[term.storage]
-        holders = tuple(sorted({self._use_key(use) for use in term.by_uses}))
-        key = ("kept", group.number, term.by_maker, holders)
-        if key in self._terms:
-            return key
+        found = {}
+        for layout, made in self.made(term.storage).items():
+            bounds = []
+            for use in term.uses:
+                both = self._when_resharded(use)
+                if both:
+                    self._add(both, made)
+                    bounds.append((both, -1.0))
+            found[layout] = self._at_least(bounds)
+        sizes = {layout: float(self.problem.nbytes(term.storage, layout)) for layout in found}
+        return len(group.storages), found, sizes
+
+    def _when_resharded(self, use: Use) -> Expression:
+        found: Expression = {}
+        for (a, b), expression in self._flow(self._group_of[use.storage], self._use_key(use)).items():
+            if self.problem.target(use, a, b) != a:
+                self._add(found, expression)
+        return found
+
+    def _alive(self, term: Alive) -> _Term:
+        """A variable for each layout, above everything that says that the buffer is alive in it (see `Problem.layouts`)."""
+        group = self._group_of[term.storage]
+        bounds: dict[Layout, list[_Bound]] = {}
+
+        def alive(layout: Layout, expression: Expression, constant: float = 0.0) -> None:
+            bounds.setdefault(strip(layout), []).append((expression, constant))
+
         storages = self.graph.storages
-        sources = [
-            self._part(
-                self.wanted(group.uses[holder][0]), self.copies[holder[0]], (use.stage for use in group.uses[holder])
-            )
-            for holder in holders
-        ]
-        if term.by_maker:
-            makers = (storages[storage].maker for storage in group.storages)
-            sources.append(self._part(self.made(term.storage), self.copies[self._storage_key(term.storage)[0]], makers))
-        held: dict[Layout, dict[tuple, Expression]] = {}
-        for layouts in sources:
-            merged: ByLayout = {}
-            for layout, expression in layouts.items():
-                self._add(merged.setdefault(strip(layout), {}), expression)
-            for layout, expression in merged.items():
-                held.setdefault(layout, {})[tuple(sorted(expression.items()))] = expression
-        expressions, sizes = {}, {}
-        for position, (layout, distinct) in enumerate(held.items()):
-            sizes[layout] = float(self.problem.nbytes(term.storage, layout))
-            if len(distinct) == 1:
-                expressions[layout] = next(iter(distinct.values()))
+        makers = (storages[storage].maker for storage in group.storages)
+        made: ByLayout = {}
+        for layout, expression in self._part(
+            self.made(term.storage), self.copies[self._storage_key(term.storage)[0]], makers
+        ).items():
+            self._add(made.setdefault(strip(layout), {}), expression)
+        if term.made:
+            for layout, expression in made.items():
+                alive(layout, expression)
+        for reach in term.now:
+            for layout, (expression, constant) in self._reached(group, reach, term.flavor).items():
+                alive(layout, expression, constant)
+        for holder in term.holders:
+            if holder.region is not None and holder.region in self.problem.forced:
                 continue
-            z = self._variable(f"z{len(self._terms)}_{position}")
-            expressions[layout] = {z: 1.0}
-            for expression in distinct.values():
+            own = {layout: (e, 0.0) for layout, e in made.items()}
+            if holder.only is not None:
+                own = self._held_by(group, holder)
+            elif holder.reach is not None:
+                own = self._reached(group, holder.reach, term.flavor, holder.takes is not None)
+            for layout, (expression, constant) in own.items():
+                if holder.region is not None:
+                    expression, constant = self._unless(expression, holder.region, constant)
+                elif holder.takes is not None and holder.takes not in self.problem.forced:
+                    expression = {**expression}
+                    self._add(expression, {self.rho[holder.takes]: 1.0})
+                    constant -= 1.0
+                alive(layout, expression, constant)
+        here: list[ByLayout] = [self._wanted_by(group, reach) for reach in (*term.before, *term.now)]
+        for reach in term.after:
+            self._await(group, reach, term.flavor, here, alive)
+        found = {layout: self._at_least(own) for layout, own in bounds.items()}
+        found = {layout: expression for layout, expression in found.items() if expression}
+        sizes = {layout: float(self.problem.nbytes(term.storage, layout)) for layout in found}
+        return len(group.storages), found, sizes
+
+    def _await(
+        self, group: _Group, reach: Reach, flavor: str, here: Sequence[ByLayout], alive: Callable[..., None]
+    ) -> None:
+        """What waits for a use to come."""
+        passed = [self._when_resharded(use) for use in reach.unless]
+
+        def bound(layout: Layout, expression: Expression, less: Sequence[Expression], constant: float = 0.0) -> None:
+            total = {**expression}
+            for other in (*passed, *less):
+                self._add(total, other, -1.0)
+            alive(layout, total, constant)
+
+        wanted = self._wanted_by(group, reach)
+        moved: ByLayout = {layout: {} for layout in wanted}
+        for (a, b), expression in self._flow(group, self._use_key(reach.use)).items():
+            if strip(a) == strip(b):
+                if flavor == MADE:
+                    bound(a, expression, ())
+                continue
+            self._add(moved[strip(b)], expression)
+            if flavor == MADE:
+                bound(a, expression, [own[strip(b)] for own in here if strip(b) in own])
+        for layout in wanted:
+            first = wanted[layout] if flavor == VIEW else moved[layout]
+            for own in here if first else ():
+                if layout in own:
+                    both = {**first}
+                    self._add(both, own[layout])
+                    bound(layout, both, (), -1.0)
+
+    def _wanted_by(self, group: _Group, reach: Reach) -> ByLayout:
+        """For each layout, with one kind of Replicate, the expression that is 1 if a use reads it so."""
+        key = self._use_key(reach.use)
+        uses = group.uses[key]
+        whole = self._part(self.wanted(uses[0]), self.copies[key[0]], (use.stage for use in uses))
+        found: ByLayout = {}
+        for layout, expression in whole.items():
+            self._add(found.setdefault(strip(layout), {}), expression)
+        return found
+
+    def _reached(self, group: _Group, reach: Reach, flavor: str, takes: bool = False) -> dict[Layout, _Bound]:
+        """The layouts in which a reach keeps its buffer alive now."""
+        found: ByLayout = {}
+        if flavor == ALIAS or takes:
+            for (a, b), expression in self._flow(group, self._use_key(reach.use)).items():
+                layout = self.problem.taken(reach.use.storage, strip(a), strip(b)) if takes else strip(b)
+                if flavor != ALIAS or layout != strip(a):
+                    self._add(found.setdefault(layout, {}), expression)
+        else:
+            found = {layout: {**expression} for layout, expression in self._wanted_by(group, reach).items()}
+        for expression in found.values():
+            for use in reach.unless:
+                self._add(expression, self._when_resharded(use), -1.0)
+        return {layout: (expression, 0.0) for layout, expression in found.items()}
+
+    def _held_by(self, group: _Group, holder: Holder) -> dict[Layout, _Bound]:
+        """The layouts in which an op saves an operand that it saves in some of its strategies only."""
+        use = group.uses[self._use_key(holder.reach.use)][0]
+        names = self.x[self.same[use.stage]]
+        found: ByLayout = {}
+        for k in holder.only:
+            self._add(found.setdefault(strip(use.wanted[k]), {}), {names[k]: 1.0})
+        return {layout: (expression, 0.0) for layout, expression in found.items()}
+
+    def _unless(self, expression: Expression, region: int, constant: float = 0.0) -> _Bound:
+        """`expression`, if a region is not recomputed."""
+        if region in self.problem.forced:
+            return {}, 0.0
+        found = {**expression}
+        self._add(found, {self.rho[region]: -1.0})
+        return found, constant
+
+    def _at_least(self, bounds: Iterable[_Bound]) -> Expression:
+        """The largest of several expressions, none of which is above 1 or counts where it is below 0."""
+        distinct = {(tuple(sorted(e.items())), constant): (e, constant) for e, constant in bounds if e}
+        if len(distinct) == 1:
+            ((expression, constant),) = distinct.values()
+            if not constant and all(value > 0 for value in expression.values()):
+                return expression
+        if not distinct:
+            return {}
+        name = tuple(sorted(distinct, key=repr))
+        if name not in self._largest:
+            z = self._largest[name] = self._variable(f"z{len(self._largest)}")
+            for expression, constant in distinct.values():
                 row = {z: 1.0}
                 self._add(row, expression, -1.0)
-                self._row(row, ">=", 0.0)
-        self._terms[key] = (len(group.storages), expressions, sizes)
-        return key
+                self._row(row, ">=", constant)
+        return {self._largest[name]: 1.0}
 
-    def points(self, chosen: set[int] | None = None) -> dict[int, Expression]:
-        """Bytes alive at every program point (or the chosen ones) that no other point contains."""
-        kept: Counter[tuple] = Counter()
-        total: Expression = {}
-        found: dict[tuple, tuple[int, Expression, Counter]] = {}
-        for number, point in enumerate(self.problem.points):
-            for term in point.kept:
-                key = self._term(term)
-                kept[key] += 1
-                if not self.average:
-                    self._add_term(total, key, 1)
-            if chosen is not None and number not in chosen:
+    def points(self, chosen: Iterable[int] | None = None) -> dict[int, Expression]:
+        """Bytes alive at the chosen program points, or at all that no other point contains."""
+        counts, rows = self.ledger.counts, {}
+        if not self.problem.whole:
+            counts = numpy.where(self.ledger.state, 0.0, counts)
+        numbers = _undominated(counts) if chosen is None else sorted(chosen)
+        for number in numbers:
+            region = self.problem.points[number].again
+            if region is not None and self.average:
                 continue
-            alive = Counter(self._term(term) for term in point.alive)
-            if self.average:
-                alive.update(kept)
-            # What is kept only grows, so of points where the same else is alive the latest contains the others.
-            distinct = number if chosen is not None else tuple(sorted(alive.items(), key=repr))
-            found[distinct] = (number, dict(total), alive)
-        rows: dict[int, Expression] = {}
-        for number, row, alive in found.values():
-            for key, count in alive.items():
-                self._add_term(row, key, count)
+            row: Expression = {}
+            for term in counts[number].nonzero()[0]:
+                self._add_term(row, int(term), int(counts[number, term]))
+            if region is not None and region not in self.problem.forced:
+                # Only where the region runs again.
+                most = sum(value for value in row.values() if value > 0)
+                row[CONSTANT] = row.get(CONSTANT, 0.0) - most
+                self._add(row, {self.rho[region]: most})
             rows[number] = row
-        return _undominated(rows) if chosen is None else rows
+        return rows
 
-    def _add_term(self, total: Expression, key: tuple, count: int) -> None:
-        copies, expressions, sizes = self._terms[key]
+    def _add_term(self, total: Expression, number: int, count: int) -> None:
+        if number not in self._terms:
+            term = self.ledger.terms[number]
+            self._terms[number] = getattr(self, f"_{type(term).__name__.lower()}")(term)
+        copies, expressions, sizes = self._terms[number]
         if self.average and count < copies:
-            if key[0] == "used" and key[-1] is not None:
-                return
-            expressions = self._part(expressions, copies, range(count), exclusive=key[0] != "kept")
-        for layout, expression in expressions.items():
-            self._add(total, expression, sizes[layout] * count)
+            expressions = self._part(expressions, copies, range(count), exclusive=False)
+        for label, expression in expressions.items():
+            self._add(total, expression, sizes[label] * count)
 
     # --- the solver
 
@@ -411,18 +614,45 @@ class Model:
             self._pulp[key] = (variables, constraints)
         return self._pulp[key]
 
+    def made_bytes(self) -> Expression:
+        """Bytes of all results, and of the copies that uses need in other layouts; two small ones count less than one large."""
+        total: Expression = {}
+        largest = max((storage.root.nbytes for storage in self.graph.storages.values()), default=0) or 1
+
+        def weight(storage: ValueId, layout: Layout) -> float:
+            nbytes = self.problem.nbytes(storage, layout)
+            return nbytes * (1 + nbytes / largest / 100)
+
+        for storage in self.graph.storages.values():
+            if storage.kind == "activation":
+                for layout, expression in self.made(storage.id).items():
+                    self._add(total, expression, weight(storage.id, layout))
+        for group in self.groups:
+            for key, uses in group.uses.items():
+                for (a, b), expression in self._flow(group, key).items():
+                    if strip(self.problem.target(uses[0], a, b)) != strip(a):
+                        self._add(total, expression, len(uses) * weight(uses[0].storage, b))
+        return total
+
     def solve(
         self,
         rows: Mapping[int, Expression],
         capacity: float | None,
         *,
+        instead: Expression | None = None,
         integer: bool = True,
         time_limit: float | None = None,
     ) -> Answer:
-        """Minimize the objective under `capacity` at every point of `rows`; without one, the largest of `rows`."""
+        """Minimize the objective under `capacity` at every point of `rows`; without one, the largest of `rows`. instead:
+        minimize this, whatever is alive."""
         variables, constraints = self._constraints(integer)
         program = pulp.LpProblem("eq9", pulp.LpMinimize)
-        if capacity is None:
+        if instead is not None:
+            unit = max(instead.values(), default=0.0) / _SCALE or 1.0
+            program.setObjective(
+                pulp.LpAffineExpression([(variables[n], v / unit) for n, v in instead.items() if v and n != CONSTANT])
+            )
+        elif capacity is None:
             unit = max((sum(row.values()) for row in rows.values()), default=1.0) or 1.0
             peak = pulp.LpVariable("peak", 0)
             program.setObjective(pulp.LpAffineExpression([(peak, 1.0)]))
@@ -433,28 +663,30 @@ class Model:
             )
         for constraint in constraints:
             program.addConstraint(constraint)
-        for expression in rows.values():
+        for expression in rows.values() if instead is None else ():
             scale = unit if capacity is None else max(capacity, 1.0)
-            terms = [(variables[n], v / scale) for n, v in expression.items() if v]
+            terms = [(variables[n], v / scale) for n, v in expression.items() if v and n != CONSTANT]
             if capacity is None:
                 terms.append((peak, -1.0))
-            rhs = 0.0 if capacity is None else capacity / scale
+            rhs = (0.0 if capacity is None else capacity / scale) - expression.get(CONSTANT, 0.0) / scale
             program.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintLE, rhs=rhs))
         solver, label = make_solver(time_limit, integer)
         program.solve(solver)
         found = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
-        choice = None
+        choice, recomputed = None, frozenset()
         if found:
             picked = {
                 shared: max(range(len(own)), key=lambda k, own=own: variables[own[k]].value() or 0.0)
                 for shared, own in self.x.items()
             }
             choice = tuple(picked[self.same[stage.index]] for stage in self.graph.stages)
+            recomputed = frozenset(n for n, name in self.rho.items() if (variables[name].value() or 0.0) > 0.5)
         return Answer(
             pulp.LpStatus[program.status],
             program.sol_status == pulp.LpSolutionOptimal,
             pulp.value(program.objective) * unit if found else None,
             choice,
+            recomputed,
             label,
             len(variables),
             len(program.constraints),
@@ -469,16 +701,10 @@ def make_solver(time_limit: float | None, integer: bool = True) -> tuple[pulp.Lp
     return pulp.PULP_CBC_CMD(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1), "CBC"
 
 
-def _undominated(totals: dict[int, Expression]) -> dict[int, Expression]:
+def _undominated(counts: numpy.ndarray) -> list[int]:
     """Drops points at which nothing is alive that is not also alive at another."""
-    columns = {name: n for n, name in enumerate({name: None for row in totals.values() for name in row})}
-    matrix = numpy.zeros((len(totals), len(columns)))
-    numbers = list(totals)
-    for i, number in enumerate(numbers):
-        row = totals[number]
-        matrix[i, [columns[name] for name in row]] = list(row.values())
     kept: list[int] = []
-    for i in numpy.argsort(-matrix.sum(axis=1), kind="stable"):
-        if not kept or not (matrix[kept] >= matrix[i]).all(axis=1).any():
+    for i in numpy.argsort(-counts.sum(axis=1), kind="stable"):
+        if not kept or not (counts[kept] >= counts[i]).all(axis=1).any():
             kept.append(int(i))
-    return {numbers[i]: totals[numbers[i]] for i in sorted(kept)}
+    return sorted(kept)

@@ -12,24 +12,46 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from dsp_auto.cost_models.communication import FREE, Cost, halo_cost, hierarchical_cost, primitive_cost, ring_cost
 from dsp_auto.cost_models.hardware import Hardware
+from dsp_auto.cost_models.memory import Footprint, primitive_buffers, run_footprint
+from dsp_auto.cost_models.state import BUCKET_BYTES, StateBytes, TrainingState, of_parameter
 from dsp_auto.errors import StrategyError
 
 from .capture import Program
-from .checkpointing import region
 from .enumerate_strategies import Strategy
 from .factors import Cut, Op, Value
 from .layout import Layout, R, Replicate, Shard, Step, cutters, ways
-from .lifetimes import Internal, Made, Point, Term, Used, lifetimes
-from .nodes import ValueId
-from .notation import Ring, Site
+from .ledger import Ledger
+from .lifetimes import (
+    ALIAS,
+    FORWARD,
+    MADE,
+    STEP,
+    Alive,
+    Extra,
+    Held,
+    Holder,
+    Internal,
+    Packed,
+    Point,
+    Reach,
+    Resharded,
+    Slot,
+    Term,
+    is_state,
+    lifetimes,
+)
+from .nodes import ValueId, is_tensor
+from .notation import Local, Ring, Site
+from .regions import Region, find_regions
 from .stages import Stage, StageGraph, Use, strip
 
 OBJECTIVES = ("volume", "time")
-# Parameters' gradients are all-reduced in buckets of this size (see `buckets`), as DDP does: large enough for bandwidth, small
-# enough that the all-reduce starts while backward still runs.
-BUCKET_BYTES = 25 * 2**20
 # Of ways of equal cost the one of fewest collectives is taken: each weighs this share of the tensor, or of a second.
 TIE = 1e-10
 
@@ -120,8 +142,12 @@ class Problem:
         graph: StageGraph,
         objective: str = "volume",
         hardware: Hardware | None = None,
-        compute_seconds: Callable[[int, int], float] | None = None,
+        compute_seconds: Callable[[int, int, bool], float] | None = None,
+        state: TrainingState | None = None,
+        regions: Sequence[Region] = (),
+        whole: bool = False,
     ) -> None:
+        """whole: capacity is for everything on a device; else for activations alone."""
         if objective not in OBJECTIVES:
             raise StrategyError(
                 asked=f"objective {objective!r}",
@@ -129,20 +155,21 @@ class Problem:
                 remedy=f"use one of {', '.join(OBJECTIVES)}",
             )
         self.graph, self.objective, self.hardware = graph, objective, hardware
-        self.points = lifetimes(program, graph)
-        # Checkpoints through which a gradient flows, and which backward therefore runs again.
-        self.recomputed = {
-            region(op.node)
-            for op in graph.factors.ops
-            if any(graph.factors.values[result].requires_grad for result in op.results)
-        } - {None}
-        self.compute_seconds = compute_seconds or (lambda stage, strategy: 0.0)
+        self.state = state or TrainingState("none")
+        self.regions = tuple(regions) or find_regions(graph, candidates=False)
+        self.whole = whole
+        self.forced = frozenset(region.number for region in self.regions if region.forced)
+        self.region_of = {stage: region.number for region in self.regions for stage in region.stages}
+        self._compute_seconds = compute_seconds or (lambda stage, strategy, again: 0.0)
         self._reshardings: dict[tuple, Resharding | None] = {}
         self._ways: dict[tuple, dict[Layout, tuple[Step, ...]]] = {}
         self._costs: dict[tuple, Cost] = {}
         self._inside: dict[tuple[int, int], tuple[Inside, ...]] = {}
         self._bytes: dict[tuple, int] = {}
-        self._totals: dict[tuple[int, ...], list[int]] = {}
+        self._ledgers: dict[tuple[tuple[int, ...], bool], Ledger] = {}
+        self._written_out: dict[tuple, Footprint] = {}
+        self._totals: dict[tuple, tuple[list[int], list[int]]] = {}
+        self.points = lifetimes(program, graph, self.regions, self.saves)
 
     def target(self, use: Use, source: Layout, wanted: Layout) -> Layout:
         """The layout that a use of a storage made in `source` gets. Where no gradient flows back, it does not matter which
@@ -303,12 +330,72 @@ class Problem:
         unit = math.prod(self.graph.factors.sizes[minor] for minor in factors[index + 1 :])
         return Site(self.graph.lengths(factors[index], mesh_dims), rank, group, unit)
 
+    def here(
+        self,
+        op: Op,
+        together: Mapping[tuple[Cut, ...], tuple[int, ...]],
+        coordinate: Sequence[int],
+        groups: Mapping[tuple[int, ...], str],
+    ) -> Local:
+        """The part of an op of the rank at `coordinate`, where mesh dims cut the given factors of axes."""
+        sizes, starts, placed = dict(op.rule.sizes), {}, []
+        for cut, mesh_dims in together.items():
+            rank, group = self.graph.line(mesh_dims, coordinate), groups.get(mesh_dims, "")
+            for own in cut:
+                site = self.site(op, own, mesh_dims, rank, group)
+                axis = own[0]
+                sizes[axis] = sizes[axis] // site.lead * site.length
+                starts[axis] = starts.get(axis, 0) + site.start
+                placed.append((axis, site))
+        return op.rule.on_rank(sizes, starts, placed)
+
+    def written_out(self, stage: int, strategy: int) -> Footprint | None:
+        """What an op takes on the first rank where its rule communicates, and so writes it as other ops; None elsewhere."""
+        if not self.inside(stage, strategy):
+            return None
+        op, own = self.graph.stages[stage].op, self.graph.stages[stage].strategies[strategy]
+        values, first = self.graph.factors.values, (0,) * len(self.graph.mesh.sizes)
+        shapes = tuple(
+            self.graph.local_shape(value, use.wanted[strategy], first)
+            for value, use in zip(op.operands, self.graph.stages[stage].uses, strict=True)
+        )
+        flags = tuple((values[v].dtype, values[v].requires_grad) for v in op.operands)
+        key = (id(op.rule), str(op.node.target), shapes, flags, own.cuts)
+        if key not in self._written_out:
+            self._written_out[key] = self._write_out(op, own, shapes)
+        return self._written_out[key]
+
+    def _write_out(self, op: Op, strategy: Strategy, shapes: Sequence[tuple[int, ...]]) -> Footprint:
+        values = self.graph.factors.values
+        first = (0,) * len(self.graph.mesh.sizes)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            operands = [
+                torch.empty(shape, dtype=values[v].dtype).requires_grad_(self.graph.training and values[v].requires_grad)
+                for shape, v in zip(shapes, op.operands, strict=True)
+            ]
+            rest = iter(operands)
+            args, kwargs = fx.map_arg(
+                (op.node.args, dict(op.node.kwargs)), lambda n: next(rest) if is_tensor(n) else n.meta["val"]
+            )
+            here = self.here(op, strategy.together, first, {})
+            return run_footprint(
+                lambda: op.rule.call(_run, op.node.target, args, kwargs, here), operands, self.graph.training
+            )
+
     def _shared_out(self, nbytes: float, layout: Layout, but: Collection[int] = ()) -> float:
         """What a device has in the mean, were it not cut over the mesh dims `but`."""
         for m, placement in enumerate(layout):
             if m not in but and isinstance(placement, Shard):
                 nbytes /= self.graph.mesh.sizes[m]
         return nbytes
+
+    def compute_seconds(self, stage: int, strategy: int) -> float:
+        """Of a stage's kernels, forward and backward."""
+        return self._compute_seconds(stage, strategy, False)
+
+    def compute_again(self, stage: int, strategy: int) -> float:
+        """Of a stage's kernels, forward once more."""
+        return self._compute_seconds(stage, strategy, True)
 
     def inside_cost(self, stage: int, strategy: int) -> float:
         """The objective's share of what a stage's op communicates by itself."""
@@ -324,8 +411,79 @@ class Problem:
             self._bytes[key] = self.graph.local_bytes(storage, layout)
         return self._bytes[key]
 
-    def internal_bytes(self, term: Internal, strategy: int) -> int:
-        return -(-term.nbytes // self.graph.shards(term.stage, strategy))
+    def shared_bytes(self, term: Internal | Extra, strategy: int) -> int:
+        own = self.written_out(term.stage, strategy)
+        if own is None:
+            return -(-term.nbytes // self.graph.shards(term.stage, strategy))
+        return own.internal if isinstance(term, Internal) else own.backward_extra if term.back else own.extra
+
+    def saves(self, use: Use) -> tuple[int, ...] | None:
+        """The strategies in which an op that saves an operand really does, None: in all; a rule that communicates may save
+        something else instead."""
+        stage = self.graph.stages[use.stage]
+        written = [self.written_out(use.stage, k) for k in range(len(stage.strategies))]
+        if not any(written):
+            return None
+        return tuple(k for k, own in enumerate(written) if own is None or use.operand in own.saved)
+
+    def held_bytes(self, term: Held, layout: Layout) -> int:
+        """Of a parameter, on a device that holds it in `layout`."""
+        own = self.of_parameter(term.storage, layout)
+        return {
+            "state": own.parameters + own.optimizer,
+            "gradient": own.gradients,
+            "gathered": own.gathered,
+            "unreduced": own.unreduced,
+            "step": own.step,
+        }[term.what]
+
+    def state_bytes(self, choice: Sequence[int]) -> dict[str, int]:
+        """What a device holds beside activations: parameters, their gradients once all are there, the optimizer, what it takes
+        while it steps, and inputs (buffers and constants too)."""
+        found = dict.fromkeys(("parameter_bytes", "gradient_bytes", "optimizer_bytes", "step_bytes", "input_bytes"), 0)
+        for storage in self.graph.storages.values():
+            if storage.root.id[0] in self.graph.parameters:
+                own = self.of_parameter(storage.id, self.made(storage.id, choice))
+                found["parameter_bytes"] += own.parameters
+                found["gradient_bytes"] += own.gradients
+                found["optimizer_bytes"] += own.optimizer
+                found["step_bytes"] += own.step
+            elif storage.kind != "activation":
+                found["input_bytes"] += self.nbytes(storage.id, self.made(storage.id, choice))
+        return found
+
+    def of_parameter(self, storage: ValueId, layout: Layout) -> StateBytes:
+        root = self.graph.storages[storage].root
+        nbytes = self.nbytes(storage, layout)
+        trained = root.requires_grad and self.graph.training
+        return of_parameter(nbytes, root.itemsize, root.dtype.is_floating_point, trained, self.state)
+
+    def buffers_bytes(self, storage: ValueId, source: Layout, target: Layout, back: bool) -> int:
+        """What the primitives from one layout to another take beside the two, or the way back."""
+        steps = self.resharding(storage, source, target, back).steps
+        between = [source, *(step.after for step in steps)]
+        found = 0
+        for n, step in enumerate(steps):
+            taken = self._buffers(storage, step)[back]
+            # What is neither the first nor the last is there beside them.
+            inner = [layout for layout in between[n : n + 2] if layout not in (source, target)]
+            found = max(found, taken + sum(self.nbytes(storage, layout) for layout in inner))
+        return found
+
+    def _buffers(self, storage: ValueId, step: Step) -> tuple[int, int]:
+        root, sizes = self.graph.storages[storage].root, self.graph.factors.sizes
+        ends = [self.nbytes(storage, layout) for layout in (step.before, step.after)]
+        cut = [placement.place for placement in (step.source, step.target) if isinstance(placement, Shard)]
+        leads = all(math.prod(sizes[factor] for factor in root.factors[:place]) == 1 for place in cut)
+        lengths = [self.graph.lengths(root.factors[place], step.mesh_dims) for place in cut]
+        return primitive_buffers(
+            step.primitive,
+            max(ends),
+            min(ends) if step.primitive != "switch" else max(ends),
+            leads=leads,
+            even=all(min(own) == max(own) for own in lengths),
+            partial_grad=any(isinstance(p, Replicate) and p.partial_grad for p in (step.source, step.target)),
+        )
 
     def made(self, storage: ValueId, choice: Sequence[int]) -> Layout:
         entry = self.graph.storages[storage]
@@ -356,8 +514,8 @@ class Problem:
             found |= {inside.mesh_dims for inside in self.inside(stage.index, choice[stage.index])}
         return sorted(found)
 
-    def cost(self, choice: Sequence[int]) -> float | None:
-        """The objective of a choice, None where it is impossible."""
+    def cost(self, choice: Sequence[int], recomputed: frozenset[int] = frozenset()) -> float | None:
+        """The objective of a choice where some regions are recomputed, None where it is impossible."""
         reshardings = self.reshardings(choice)
         if reshardings is None:
             return None
@@ -365,38 +523,196 @@ class Problem:
         if self.objective == "time":
             compute = sum(self.compute_seconds(s.index, choice[s.index]) for s in self.graph.stages)
         inside = sum(self.inside_cost(s.index, choice[s.index]) for s in self.graph.stages)
-        return sum(self.weight(r.cost) for r in reshardings) + inside + compute
+        again = self.again(choice, recomputed | self.forced, reshardings)
+        return sum(self.weight(r.cost) for r in reshardings) + inside + compute + again
 
-    def term_bytes(self, term: Term, choice: Sequence[int]) -> int:
+    def again(
+        self, choice: Sequence[int], recomputed: frozenset[int], reshardings: Sequence[Resharding] | None = None
+    ) -> float:
+        """What backward pays once more for regions that it runs again."""
+        reshardings = self.reshardings(choice) if reshardings is None else reshardings
+        found = sum(self.weight(self.forward_only(r)) for r in reshardings if self.runs_again(r, choice) in recomputed)
+        for region in self.regions:
+            if region.number in recomputed:
+                for stage in region.stages:
+                    found += self.inside_again(stage, choice[stage])
+                    found += self.compute_again(stage, choice[stage]) if self.objective == "time" else 0.0
+        return found
+
+    def forward_only(self, resharding: Resharding) -> Cost:
+        return self.resharding(resharding.storage, resharding.source, resharding.target, False).cost
+
+    def runs_again(self, resharding: Resharding, choice: Sequence[int]) -> int | None:
+        """The region that a resharding stands in and is run again with, if that one is recomputed; None for those between
+        regions: what a region takes is resharded before it, unless that makes it larger."""
+        storage = resharding.storage
+        source, target = resharding.source, resharding.target
+        wanting = [u for u in self.graph.uses[storage] if self.target(u, source, u.wanted[choice[u.stage]]) == target]
+        region = self.region_of.get(min(use.stage for use in wanting))
+        return region if self.is_inside(storage, region, source, target) else None
+
+    def is_inside(self, storage: ValueId, region: int | None, source: Layout, target: Layout) -> bool:
+        """Whether a resharding for a use in a region stands in it."""
+        if region is None:
+            return False
+        if self.region_of.get(self.graph.storages[storage].maker) == region:
+            return True
+        return self.taken(storage, strip(source), strip(target)) != strip(target)
+
+    def inside_again(self, stage: int, strategy: int) -> float:
+        """The objective's share of what an op communicates when it runs once more."""
+        found = 0.0
+        for inside in self.inside(stage, strategy):
+            cost = inside.cost
+            share = cost.forward_bytes / cost.wire_bytes if cost.wire_bytes else 0.0
+            found += cost.forward_bytes if self.objective == "volume" else cost.seconds * share
+        return found
+
+    def resharded(self, use: Use, choice: Sequence[int]) -> bool:
+        source = self.made(use.storage, choice)
+        return self.target(use, source, use.wanted[choice[use.stage]]) != source
+
+    def reached(self, reach: Reach, choice: Sequence[int]) -> Layout:
+        """The layout in which a use reads a storage, with one kind of Replicate."""
+        return strip(reach.use.wanted[choice[reach.use.stage]])
+
+    def layouts(self, term: Alive, choice: Sequence[int], recomputed: frozenset[int]) -> set[Layout]:
+        """In which layouts a buffer is alive."""
+        made = strip(self.made(term.storage, choice))
+        found = {made} if term.made else set()
+        here = {self.reached(reach, choice) for reach in (*term.before, *term.now)}
+        for reach in term.now:
+            if not self._passed(reach, choice):
+                found.add(self.reached(reach, choice))
+        for holder in term.holders:
+            if self._holds(holder, recomputed) and (holder.only is None or choice[holder.reach.use.stage] in holder.only):
+                if holder.reach is None:
+                    found.add(made)
+                elif not self._passed(holder.reach, choice):
+                    wanted = self.reached(holder.reach, choice)
+                    found.add(wanted if holder.takes is None else self.taken(term.storage, made, wanted))
+        for reach in term.after:
+            if self._passed(reach, choice):
+                continue
+            wanted = self.reached(reach, choice)
+            if wanted in here and wanted != made:
+                found.add(wanted)
+            elif term.flavor == MADE:
+                found.add(made)
+            elif wanted in here and term.flavor != ALIAS:
+                found.add(wanted)
+        return found - {made} if term.flavor == ALIAS else found
+
+    def _passed(self, reach: Reach, choice: Sequence[int]) -> bool:
+        """Whether a reach through views ends before the buffer, because something on the way was resharded."""
+        return any(self.resharded(use, choice) for use in reach.unless)
+
+    def taken(self, storage: ValueId, made: Layout, wanted: Layout) -> Layout:
+        """In which layout a region that is recomputed takes a storage: resharded before, where that makes it no larger."""
+        return wanted if self.nbytes(storage, wanted) <= self.nbytes(storage, made) else made
+
+    def _holds(self, holder: Holder, recomputed: frozenset[int]) -> bool:
+        if holder.takes is not None:
+            return holder.takes in recomputed
+        return holder.region is None or holder.region not in recomputed
+
+    def term_bytes(self, term: Term, choice: Sequence[int], recomputed: frozenset[int] = frozenset()) -> int:
+        """Bytes of one term under a choice, where some regions are recomputed."""
+        if isinstance(term, Alive):
+            return sum(self.nbytes(term.storage, layout) for layout in self.layouts(term, choice, recomputed))
         if isinstance(term, Internal):
-            return self.internal_bytes(term, choice[term.stage])
-        if isinstance(term, Made):
-            return self.nbytes(term.storage, self.made(term.storage, choice))
-        if isinstance(term, Used):
-            wanted = term.use.wanted[choice[term.use.stage]]
-            source = self.made(term.use.storage, choice)
-            if term.only_resharded and self.target(term.use, source, wanted) == source:
+            return 0 if term.region in recomputed else self.shared_bytes(term, choice[term.stage])
+        if isinstance(term, Extra):
+            return self.shared_bytes(term, choice[term.stage])
+        if isinstance(term, Packed):
+            return term.nbytes
+        if isinstance(term, Held):
+            return self.held_bytes(term, self.made(term.storage, choice))
+        if isinstance(term, Resharded):
+            if not any(self.resharded(use, choice) for use in term.uses):
                 return 0
-            return self.nbytes(term.use.storage, wanted)
-        layouts = {strip(use.wanted[choice[use.stage]]) for use in term.by_uses}
-        if term.by_maker:
-            layouts.add(strip(self.made(term.storage, choice)))
-        return sum(self.nbytes(term.storage, layout) for layout in layouts)
+            return self.nbytes(term.storage, self.made(term.storage, choice))
+        source = self.made(term.use.storage, choice)
+        target = self.target(term.use, source, term.use.wanted[choice[term.use.stage]])
+        return 0 if target == source else self.buffers_bytes(term.use.storage, source, target, term.back)
 
-    def totals(self, choice: Sequence[int]) -> list[int]:
-        """Bytes alive at every program point of a choice."""
-        if tuple(choice) not in self._totals:
-            kept, found = 0, []
-            for point in self.points:
-                kept += sum(self.term_bytes(term, choice) for term in point.kept)
-                found.append(kept + sum(self.term_bytes(term, choice) for term in point.alive))
-            self._totals = {tuple(choice): found}  # a solver asks for those of one choice several times
-        return self._totals[tuple(choice)]
+    def totals(
+        self, choice: Sequence[int], recomputed: frozenset[int] = frozenset(), whole: bool | None = None
+    ) -> list[int]:
+        """Bytes alive at every program point of a choice; 0 where a region would run again that does not.
 
-    def peak(self, choice: Sequence[int]) -> tuple[int, Point | None]:
-        """Bytes at the worst program point of a choice, and that point."""
-        totals = self.totals(choice)
+        whole: with inputs, parameters, their gradients and the optimizer, or activations alone; None: as the capacity is meant.
+        """
+        key = (tuple(choice), recomputed)
+        if key not in self._totals:
+            # A solver asks for those of one choice several times; and where copies choose alike, they are found faster.
+            alike = (ledger for ledger in self._ledgers.values() if ledger.fits(choice, recomputed))
+            ledger = next(alike, None)
+            both = ledger.totals(choice, recomputed) if ledger else self._add_up(choice, recomputed | self.forced)
+            self._totals = {key: tuple([int(nbytes) for nbytes in own] for own in both)}
+        return self._totals[key][self.whole if whole is None else whole]
+
+    def _add_up(self, choice: Sequence[int], recomputed: frozenset[int]) -> tuple[list[int], list[int]]:
+        """Of activations, and of everything."""
+        known: dict[int, int] = {}
+
+        def nbytes(term: Term) -> int:
+            if id(term) not in known:
+                known[id(term)] = self.term_bytes(term, choice, recomputed)
+            return known[id(term)]
+
+        held: dict[Slot, int] = {}
+        now, found = [0, 0], ([], [])
+        for point in self.points:
+            for slot, term in point.changes:
+                size = 0 if term is None else nbytes(term)
+                more = size - held.get(slot, 0)
+                held[slot] = size
+                now[is_state(slot)] += more
+            here = [0, 0]
+            for term in point.momentary:
+                here[is_state(None, term)] += nbytes(term)
+            runs = point.again is None or point.again in recomputed
+            found[0].append(now[0] + here[0] if runs else 0)
+            found[1].append(sum(now) + sum(here) if runs else 0)
+        return found
+
+    def ledger(self, same: Sequence[int], groups: Callable[[], Mapping[ValueId, int]], apart: bool = False) -> Ledger:
+        """The points by distinct terms where copies choose alike, made once."""
+        key = (tuple(same), apart)
+        if key not in self._ledgers:
+            self._ledgers[key] = Ledger(self, key[0], groups(), apart)
+        return self._ledgers[key]
+
+    def peak(
+        self, choice: Sequence[int], recomputed: frozenset[int] = frozenset(), whole: bool | None = None
+    ) -> tuple[int, Point | None]:
+        """Bytes at the worst program point of a choice, and that point; see `totals`."""
+        totals = self.totals(choice, recomputed, whole)
         if not totals:
             return 0, None
         worst = max(range(len(totals)), key=totals.__getitem__)
         return totals[worst], self.points[worst]
+
+    @cached_property
+    def ends_forward(self) -> int:
+        """The number of the point at which the forward ends."""
+        last = self.graph.stages[-1].index
+        return max(n for n, point in enumerate(self.points) if point.stage == last and point.phase == FORWARD)
+
+    def show_point(self, point: Point) -> str:
+        """A program point for people: `backward of blocks.3.attn (linear_7)`."""
+        stage = self.graph.stages[point.stage]
+        if point.phase == STEP:
+            return "the optimizer's step"
+        what = f" ({stage.op.name})" if stage.op is not None else ""
+        way = "forward once more" if point.again is not None else point.phase
+        if point.operand is not None:
+            way += ", resharding for" if point.phase == FORWARD else ", resharding back from"
+        else:
+            way += " of"
+        return f"{way} {stage.name}{what}"
+
+
+def _run(target: Any, *args: Any, **kwargs: Any) -> Any:
+    return target(*args, **kwargs)

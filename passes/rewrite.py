@@ -23,12 +23,12 @@ from dsp_auto.shards import shard_sizes
 
 from .buckets import Bucket
 from .capture import Program
-from .checkpointing import region
 from .factors import Cut, Op
 from .layout import Layout, Replicate, Shard, Step, cutters
 from .nodes import ValueId, is_tensor, value_id
 from .notation import Emit, Local
 from .problem import Problem
+from .solve import Solution
 from .stages import Stage, StageGraph, Use
 
 aten, dsp = torch.ops.aten, torch.ops.dsp
@@ -38,7 +38,7 @@ _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 def rewrite(
     program: Program,
     problem: Problem,
-    choice: Sequence[int],
+    solution: Solution,
     buckets: Sequence[Bucket],
     coordinate: Sequence[int],
     groups: Mapping[tuple[int, ...], str],
@@ -48,12 +48,13 @@ def rewrite(
     groups: c10d group name of this rank's line along each set of mesh dims that is communicated over (`Problem.lines`).
     Takes this rank's inputs in the order of `program.inputs` and returns what `program` returns, in local layouts.
     """
-    return _Writer(program, problem, choice, buckets, coordinate, groups).write()
+    return _Writer(program, problem, solution, buckets, coordinate, groups).write()
 
 
 class _Writer:
-    def __init__(self, program, problem: Problem, choice, buckets, coordinate, groups) -> None:
-        self.program, self.problem, self.choice = program, problem, choice
+    def __init__(self, program, problem: Problem, solution: Solution, buckets, coordinate, groups) -> None:
+        self.program, self.problem, self.choice = program, problem, solution.choice
+        self.recomputed = solution.recomputed | problem.forced
         self.graph: StageGraph = problem.graph
         self.factors = self.graph.factors
         self.coordinate, self.groups = coordinate, groups
@@ -131,7 +132,8 @@ class _Writer:
 
     def _op(self, op: Op, stage: Stage) -> None:
         strategy = stage.strategies[self.choice[stage.index]]
-        self.meta = _kept_meta(op.node)
+        number = self.problem.region_of.get(stage.index)
+        self.meta = _kept_meta(op.node) | ({"region": number} if number in self.recomputed else {})
         operands = iter([self.operand(value, use) for value, use in zip(op.operands, stage.uses, strict=True)])
         args, kwargs = fx.map_arg(
             (op.node.args, op.node.kwargs), lambda n: next(operands) if is_tensor(n) else self.numbers[n.name]
@@ -177,17 +179,7 @@ class _Writer:
         return emit
 
     def _here(self, op: Op, together: Mapping[tuple[Cut, ...], tuple[int, ...]]) -> Local:
-        """This rank's part of an op of which mesh dims cut the given factors of axes."""
-        sizes, starts, placed = dict(op.rule.sizes), {}, []
-        for cut, mesh_dims in together.items():
-            rank, group = self.graph.line(mesh_dims, self.coordinate), self.groups.get(mesh_dims, "")
-            for own in cut:
-                site = self.problem.site(op, own, mesh_dims, rank, group)
-                axis = own[0]
-                sizes[axis] = sizes[axis] // site.lead * site.length
-                starts[axis] = starts.get(axis, 0) + site.start
-                placed.append((axis, site))
-        return op.rule.on_rank(sizes, starts, placed)
+        return self.problem.here(op, together, self.coordinate, self.groups)
 
     def _ranks(self, mesh_dims: Sequence[int]) -> int:
         return math.prod(self.graph.mesh.sizes[m] for m in mesh_dims)
@@ -215,20 +207,7 @@ class _Writer:
     # --- layouts
 
     def local_shape(self, value: ValueId, layout: Layout) -> tuple[int, ...]:
-        """This rank's shape of a value; `layout` names places of the value's storage."""
-        places = self.graph.views[value][1]
-        entry = self.factors.values[value]
-        cut = {placement.place for placement in layout if isinstance(placement, Shard)}
-        if not cut:
-            return entry.shape
-        shape, place = [], 0
-        for dim, size in zip(entry.dims, entry.shape, strict=True):
-            for factor in dim:
-                if places[place] in cut:
-                    size = size // self.factors.sizes[factor] * self._length(factor, cutters(layout, places[place]))
-                place += 1
-            shape.append(size)
-        return tuple(shape)
+        return self.graph.local_shape(value, layout, self.coordinate)
 
     def _length(self, factor: int, mesh_dims: tuple[int, ...]) -> int:
         """This rank's share of a factor that mesh dims cut."""
@@ -239,10 +218,14 @@ class _Writer:
         source = current = self.problem.made(use.storage, self.choice)
         target = self.problem.target(use, source, use.wanted[self.choice[use.stage]])
         if target != source:
+            meta = self.meta
+            if not self.problem.is_inside(use.storage, self.meta.get("region"), source, target):
+                self.meta = {key: value for key, value in meta.items() if key != "region"}
             for step in self.problem.resharding(use.storage, source, target, use.grad).steps:
                 if (use.storage, step.after) not in self.copies:
                     self._step(use.storage, current, step)
                 current = step.after
+            self.meta = meta
         return self._view(value, current)
 
     def _step(self, storage: ValueId, current: Layout, step: Step) -> None:
@@ -337,7 +320,7 @@ class _Writer:
             operand = self._view(op.operands[0], layout)
             meta = self.meta
             # A view is taken where it is used.
-            self.meta = {key: value for key, value in _kept_meta(op.node).items() if key != "region"}
+            self.meta = _kept_meta(op.node)
             self.meta |= {key: value for key, value in meta.items() if key == "region"}
             args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: operand)
             places = self.graph.views[value][1]
@@ -350,9 +333,7 @@ class _Writer:
 
 
 def _kept_meta(node: fx.Node) -> dict[str, Any]:
-    meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
-    number = region(node)
-    return meta if number is None else {**meta, "region": number}
+    return {key: node.meta[key] for key in _KEPT_META if key in node.meta}
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

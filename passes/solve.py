@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from dsp_auto.errors import InfeasibleError, StrategyError
 
-from .fold import fold
+from .fold import fold, split
 from .model import Answer, Model
 from .problem import Problem
 
@@ -22,6 +22,8 @@ SLACK = 0.10
 TOLERANCE = 1e-6
 # A folded plan this close to its bound is not worth solving the whole problem for.
 GAP = 0.02
+# So is one with recomputed blocks for letting these choose otherwise than the others.
+RECOMPUTE_GAP = 0.001
 # Folding that leaves more than this share of the stages is not worth solving twice for.
 FOLDED = 0.7
 # Seconds that the unfolded problem gets at least.
@@ -39,6 +41,7 @@ class Solution:
     """`choice[s]` is the strategy of stage s. Objective and bound are wire bytes ("volume") or seconds ("time")."""
 
     choice: tuple[int, ...]
+    recomputed: frozenset[int]
     objective: float
     bound: float
     status: str
@@ -85,7 +88,7 @@ def solve(
         same = apart  # it would save little, and might have to be solved again
     model = Model(problem, same)
     if capacity is None:
-        capacity = int(_least_peak(problem, model, left())[0] * (1 + SLACK))
+        capacity = int(_frugal_peak(problem, model, left()) * (1 + SLACK))
     answer, points = _solve(problem, model, capacity, left())
     bound = _cost(problem, answer) if answer.optimal else _relaxed(model, points, capacity, left())
     if same != apart:
@@ -94,20 +97,25 @@ def solve(
             # What takes the folded problem long takes the whole one too long.
             limit = min(left(), max(APART_SECONDS, 3 * (time.perf_counter() - started)))
             answer, bound = _solve_apart(problem, apart, answer, bound, points, capacity, limit)
+        if answer.recomputed:
+            answer = _recompute_fewer(problem, model, answer, capacity)
+            if _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
+                answer = _solve_split(problem, same, answer, capacity, left())
     if answer.choice is None:
         if answer.status != "Infeasible":
             raise out_of_time(time_limit)
         raise _infeasible(problem, model, capacity, left())
-    objective = problem.cost(answer.choice)
+    objective = problem.cost(answer.choice, answer.recomputed)
     return Solution(
         choice=answer.choice,
+        recomputed=answer.recomputed,
         objective=objective,
         bound=objective if bound is not None and _distance(objective, bound) < TOLERANCE else bound or 0.0,
         status=answer.status,
         solver=answer.solver,
         variables=answer.variables,
         constraints=answer.constraints,
-        peak_bytes=problem.peak(answer.choice)[0],
+        peak_bytes=problem.peak(answer.choice, answer.recomputed)[0],
         capacity_bytes=capacity,
         folded=same != apart,
         unbounded=model.solve({}, capacity, integer=False, time_limit=left()).value if unbounded else None,
@@ -116,7 +124,7 @@ def solve(
 
 
 def _cost(problem: Problem, answer: Answer) -> float | None:
-    return None if answer.choice is None else problem.cost(answer.choice)
+    return None if answer.choice is None else problem.cost(answer.choice, answer.recomputed)
 
 
 def _distance(objective: float | None, bound: float | None) -> float:
@@ -143,7 +151,7 @@ def _solve(
         answer = model.solve(rows if few else model.points(points), held, time_limit=left)
         if answer.choice is None:
             return answer, points
-        totals = problem.totals(answer.choice)
+        totals = problem.totals(answer.choice, answer.recomputed)
         limit = capacity if capacity is not None else max((totals[n] for n in points), default=0)
         exceeded = sorted((n for n, total in enumerate(totals) if total > limit), key=lambda n: -totals[n])
         if not exceeded:
@@ -157,23 +165,35 @@ def _solve(
         elif capacity is None:
             return answer, points
         else:  # by less than the solver's tolerance
-            held -= totals[exceeded[0]] - capacity + 1
+            held -= int(totals[exceeded[0]]) - capacity + 1
 
 
 def _high_points(problem: Problem) -> set[int]:
-    """Points at which most may be alive: the last one, where everything is kept, and those with the largest results."""
-    values = problem.graph.factors.values
-    stages = problem.graph.stages
-    sizes = [sum(values[v].nbytes for v in (*stages[p.stage].op.operands, *stages[p.stage].op.results)) for p in problem.points]
-    largest = sorted(range(len(sizes)), key=lambda n: -sizes[n])[:NEW_POINTS]
-    return {len(sizes) - 1, *largest}
+    """Points at which most may be alive: where the forward ends and everything is kept, and at ops with the largest tensors."""
+    values, stages, points = problem.graph.factors.values, problem.graph.stages, problem.points
+    sizes = {
+        stage.index: sum(values[value].nbytes for value in (*stage.op.operands, *stage.op.results))
+        for stage in stages
+        if stage.op is not None
+    }
+    largest = sorted(range(len(points)), key=lambda n: -sizes.get(points[n].stage, 0))[:NEW_POINTS]
+    ends = [n for n, point in enumerate(points) if point.stage == stages[-1].index]
+    return {*ends, *largest}
 
 
-def _least_peak(problem: Problem, model: Model, time_limit: float) -> tuple[int, tuple[int, ...]]:
+def _least_peak(problem: Problem, model: Model, time_limit: float) -> tuple[int, Answer]:
     answer, _ = _solve(problem, model, None, time_limit)
     if answer.choice is None:
         raise out_of_time(time_limit)
-    return problem.peak(answer.choice)[0], answer.choice
+    return problem.peak(answer.choice, answer.recomputed)[0], answer
+
+
+def _frugal_peak(problem: Problem, model: Model, time_limit: float) -> int:
+    """The peak of the plan that makes the fewest bytes: about the least that any plan reaches, and found at once."""
+    answer = model.solve({}, None, instead=model.made_bytes(), time_limit=time_limit)
+    if answer.choice is None:
+        raise out_of_time(time_limit)
+    return problem.peak(answer.choice, answer.recomputed)[0]
 
 
 def out_of_time(time_limit: float) -> OutOfTimeError:
@@ -194,11 +214,12 @@ def _lower_bound(
     """No plan costs less: the relaxation over the means of repeated blocks, at the points nearest to the capacity."""
     if answer.choice is None:
         return None
-    totals = problem.totals(answer.choice)
-    highest = max(range(len(totals)), key=totals.__getitem__)
-    # At the last point everything is kept, by all copies of every block.
     means = Model(problem, same, average=True)
-    relaxed = means.solve(means.points({highest, len(totals) - 1}), capacity, integer=False, time_limit=time_limit)
+    totals = problem.totals(answer.choice, answer.recomputed)
+    highest = max(range(len(totals)), key=totals.__getitem__)
+    # Where the forward ends everything is kept, by all copies of every block.
+    end = problem.ends_forward
+    relaxed = means.solve(means.points({highest, end}), capacity, integer=False, time_limit=time_limit)
     return relaxed.value
 
 
@@ -209,19 +230,58 @@ def _solve_apart(
     answer, _ = _solve(problem, Model(problem, apart), capacity, time_limit, points)
     if answer.choice is None:
         return folded, bound
-    known = problem.cost(answer.choice) if answer.optimal else bound
-    if folded.choice is not None and problem.cost(folded.choice) <= problem.cost(answer.choice):
+    known = problem.cost(answer.choice, answer.recomputed) if answer.optimal else bound
+    if folded.choice is not None and _cost(problem, folded) <= _cost(problem, answer):
         answer = replace(folded, variables=answer.variables, constraints=answer.constraints)
     return answer, known
 
 
+def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: int) -> Answer:
+    """The same choice with no more of a block's copies recomputed than have to be: the first ones, whose activations would be
+    kept longest."""
+    apart = problem.ledger(model.same, model.group_numbers, apart=True)
+    if not apart.fits(answer.choice, answer.recomputed):
+        return answer
+
+    def fits(recomputed: frozenset[int]) -> bool:
+        return max(apart.totals(answer.choice, recomputed)[problem.whole]) <= capacity
+
+    copies: dict[int, list[int]] = {}
+    for region, first in model.ledger.regions.items():
+        if region in answer.recomputed:
+            copies.setdefault(first, []).append(region)
+    recomputed = answer.recomputed
+    dearest = sorted(copies.values(), key=lambda own: -problem.again(answer.choice, frozenset(own)))
+    for own in dearest:
+        others, (few, many) = recomputed - set(own), (-1, len(own))
+        while many - few > 1:
+            count = (few + many) // 2
+            few, many = (few, count) if fits(others | set(own[:count])) else (count, many)
+        recomputed = others | set(own[:many])
+    return replace(answer, recomputed=frozenset(recomputed))
+
+
+def _solve_split(problem: Problem, same: Sequence[int], known: Answer, capacity: int, time_limit: float) -> Answer:
+    """Copies that are recomputed may choose otherwise than those that are not."""
+    last = max(known.recomputed)
+    following = [region for region in problem.regions if region.number > last]
+    if not following:
+        return known
+    model = Model(problem, split(problem.graph, same, following[0].stages[0]))
+    answer, _ = _solve(problem, model, capacity, time_limit)
+    if answer.choice is None:
+        return known
+    if answer.recomputed:
+        answer = _recompute_fewer(problem, model, answer, capacity)
+    return answer if _cost(problem, answer) < _cost(problem, known) else known
+
+
 def _infeasible(problem: Problem, model: Model, capacity: int, time_limit: float) -> InfeasibleError:
-    least, choice = _least_peak(problem, model, time_limit)
-    _, where = problem.peak(choice)
-    stage = problem.graph.stages[where.stage]
+    least, answer = _least_peak(problem, model, time_limit)
+    _, where = problem.peak(answer.choice, answer.recomputed)
     return InfeasibleError(
-        where=stage.name,
-        point=f"{where.phase} of {stage.name} ({stage.op.name})",
+        where=problem.graph.stages[where.stage].name,
+        point=problem.show_point(where),
         needed_bytes=least,
         capacity_bytes=capacity,
         least_bytes=least,

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from dsp_auto.mesh import Mesh
 from dsp_auto.shards import nested_sizes
@@ -26,8 +26,8 @@ from .layout import Layout, R, Shard, cutters
 from .nodes import ValueId, value_id
 from .presets import Space
 
-# Without a capacity, the share of all bytes that may be made on every device where it could be sharded: a text prompt, a
-# timestep. It is that of the smallest tensors, taken together.
+# The share of all bytes that may be made on every device where it could be sharded: a text prompt, a timestep. It is that of
+# the smallest tensors, taken together.
 MAY_STAY_WHOLE = 0.05
 
 INPUT, OP, OUTPUT = "input", "op", "output"
@@ -47,9 +47,9 @@ class Storage:
         return self.root.id
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
-    """One operand of one stage. `wanted[k]` is the layout of `storage` that the stage's k-th strategy needs."""
+    """One operand of one stage, equal to itself alone. `wanted[k]` is the layout of `storage` that the k-th strategy needs."""
 
     storage: ValueId
     stage: int
@@ -104,6 +104,24 @@ class StageGraph:
         for place in {placement.place for placement in layout if isinstance(placement, Shard)}:
             sizes[place] = self.lengths(root.factors[place], cutters(layout, place))[0]
         return math.prod(sizes) * root.itemsize
+
+    def local_shape(self, value: ValueId, layout: Layout, coordinate: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a value on the rank at `coordinate`; `layout` names places of the value's storage."""
+        places = self.views[value][1]
+        entry = self.factors.values[value]
+        cut = {placement.place for placement in layout if isinstance(placement, Shard)}
+        if not cut:
+            return entry.shape
+        shape, place = [], 0
+        for dim, size in zip(entry.dims, entry.shape, strict=True):
+            for factor in dim:
+                if places[place] in cut:
+                    mesh_dims = cutters(layout, places[place])
+                    own = self.lengths(factor, mesh_dims)[self.line(mesh_dims, coordinate)]
+                    size = size // self.factors.sizes[factor] * own
+                place += 1
+            shape.append(size)
+        return tuple(shape)
 
     def lengths(self, factor: int, mesh_dims: Sequence[int]) -> tuple[int, ...]:
         """How much of a factor each rank of the mesh dims has that cut it; ranks count row-major."""
@@ -295,6 +313,7 @@ def _key(op: Op, factors: Factors, space: Space) -> tuple:
     )
 
 
+@lru_cache(maxsize=4096)
 def strip(layout: Layout) -> Layout:
     """The layout with one kind of Replicate."""
     return tuple(without_gradient(placement) for placement in layout)

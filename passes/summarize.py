@@ -11,11 +11,11 @@ from typing import Any
 import networkx
 import torch
 
+from dsp_auto.capacity import Capacity
 from dsp_auto.cost_models.communication import Cost
 from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
-from .checkpointing import region
 from .layout import R, Shard, Step, cutters, show_placement
 from .nodes import node_call
 from .notation import OpRule
@@ -33,9 +33,11 @@ def summarize(
     solution: Solution,
     buckets: Sequence[Bucket],
     strategy: str,
+    capacity: Capacity | None,
     seconds: Mapping[str, float],
 ) -> Plan:
     """The plan: stages that ended on one layout and are connected without a resharding are one stage of it."""
+    recomputed = solution.recomputed | problem.forced
     graph, choice = problem.graph, solution.choice
     factors, mesh = graph.factors, graph.mesh
     groups = _groups(problem, choice)
@@ -64,8 +66,9 @@ def summarize(
         objective=problem.objective,
         strategy=strategy,
         stages=tuple(stages),
-        communication=_communication(problem, choice, reshardings, buckets),
-        memory={"peak_bytes": solution.peak_bytes, "capacity_bytes": solution.capacity_bytes},
+        communication=_communication(problem, choice, reshardings, buckets, recomputed),
+        memory=_memory(problem, solution, capacity),
+        recomputed=_recomputed(problem, solution),
         factors=tuple(
             {"name": factors.names[f], "size": factors.sizes[f], "kind": kind}
             for f, kind in factors.kinds.items()
@@ -300,7 +303,11 @@ def _inside(problem: Problem, choice: Sequence[int], group: Sequence[Stage]) -> 
 
 
 def _communication(
-    problem: Problem, choice: Sequence[int], reshardings: Sequence[Resharding], buckets: Sequence[Bucket]
+    problem: Problem,
+    choice: Sequence[int],
+    reshardings: Sequence[Resharding],
+    buckets: Sequence[Bucket],
+    recomputed: frozenset[int],
 ) -> dict[str, Any]:
     in_bucket = {storage for bucket in buckets for storage in bucket.storages}
     by_primitive: dict[str, dict[str, float]] = {}
@@ -313,19 +320,20 @@ def _communication(
         entry["backward_bytes"] += cost.backward_bytes
 
     # Two ways of one tensor that begin alike go that far together.
-    shared: dict[tuple, tuple[Step, Cost, Stage, bool]] = {}
+    shared: dict[tuple, tuple[Step, Cost, bool, bool]] = {}
     for resharding in reshardings:
-        stage = problem.graph.stages[min(_users(problem, choice, resharding))]
+        again = problem.runs_again(resharding, choice) in recomputed
         for step, cost in zip(resharding.steps, resharding.costs):
             key = (resharding.storage, step.before, step.after)
             if key not in shared or cost.backward_bytes > shared[key][1].backward_bytes:
-                shared[key] = (step, cost, stage, resharding.storage in in_bucket)
-    for step, cost, stage, is_bucketed in shared.values():
-        add(step.primitive, _again(problem, stage, cost), 0 if is_bucketed else 1)
+                shared[key] = (step, cost, again, resharding.storage in in_bucket)
+    for step, cost, again, is_bucketed in shared.values():
+        add(step.primitive, _again(cost, again), 0 if is_bucketed else 1)
         paper += cost.paper_volume
     for stage in problem.graph.stages:
         for inside in problem.inside(stage.index, choice[stage.index]):
-            add(inside.primitive, _again(problem, stage, inside.cost), 1)
+            again = problem.region_of.get(stage.index) in recomputed
+            add(inside.primitive, _again(inside.cost, again), 1)
             paper += inside.cost.paper_volume
     if buckets:
         by_primitive["replicate"]["count"] += sum(len(bucket.steps) for bucket in buckets)
@@ -339,11 +347,51 @@ def _communication(
     }
 
 
-def _again(problem: Problem, stage: Stage, cost: Cost) -> Cost:
-    """What is communicated inside a checkpoint goes forward once more in backward."""
-    own = region(stage.op.node) if stage.op is not None else None
-    again = own is not None and own in problem.recomputed
+def _again(cost: Cost, again: bool) -> Cost:
+    """What is communicated inside a region that is recomputed goes forward once more in backward."""
     return replace(cost, forward_bytes=2 * cost.forward_bytes) if again else cost
+
+
+def _memory(problem: Problem, solution: Solution, capacity: Capacity | None) -> dict[str, Any]:
+    """Bytes per device (see `Plan`): of everything, of activations alone, and of what of it never changes."""
+    choice, recomputed = solution.choice, solution.recomputed
+    totals = problem.totals(choice, recomputed, whole=True)
+    _, worst = problem.peak(choice, recomputed, whole=True)
+    found: dict[str, Any] = {
+        "peak_bytes": max(totals, default=0),
+        "peak_at": None if worst is None else problem.show_point(worst),
+        "capacity_bytes": capacity and capacity.usable,
+        "reserve_bytes": capacity and capacity.bytes - capacity.usable,
+        "activation_bytes": problem.peak(choice, recomputed, whole=False)[0],
+        "activation_bound_bytes": None if capacity else solution.capacity_bytes,
+        "optimizer": str(problem.state),
+    }
+    found |= problem.state_bytes(choice)
+    curve: list[list[Any]] = []
+    for point, nbytes in zip(problem.points, totals):
+        if point.again is not None and not nbytes:
+            continue
+        stage = problem.graph.stages[point.stage]
+        phase = "again" if point.again is not None else point.phase
+        if curve and curve[-1][:2] == [phase, stage.name]:
+            curve[-1][2] = max(curve[-1][2], nbytes)
+        else:
+            curve.append([phase, stage.name, nbytes])
+    return found | {"curve": curve}
+
+
+def _recomputed(problem: Problem, solution: Solution) -> tuple[dict[str, Any], ...]:
+    """The regions whose activations backward makes again, by the planner's choice or by the model's."""
+    stages = problem.graph.stages
+    return tuple(
+        {
+            "modules": _name([stages[index] for index in region.stages]),
+            "ops": len(region.stages),
+            "by": "model" if region.forced else "plan",
+        }
+        for region in problem.regions
+        if region.forced or region.number in solution.recomputed
+    )
 
 
 def _number(value: float) -> float:

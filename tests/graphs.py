@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from dsp_auto.cost_models.hardware import Hardware
+from dsp_auto.cost_models.state import TrainingState
 from dsp_auto.mesh import Mesh, as_mesh
 from dsp_auto.passes.capture import GraphInput, Program
 from dsp_auto.passes.factorize import factorize
@@ -17,6 +19,7 @@ from dsp_auto.passes.layout import Layout
 from dsp_auto.passes.presets import find_spaces
 from dsp_auto.passes.problem import Problem
 from dsp_auto.passes.propagate import propagate
+from dsp_auto.passes.regions import find_regions
 from dsp_auto.passes.stages import make_stages
 
 aten = torch.ops.aten
@@ -64,12 +67,19 @@ def problem_of(
     out_layouts: dict[int, Layout] | None = None,
     objective: str = "volume",
     strategy: str = "dsp",
+    recompute: bool = False,
+    whole: bool = False,
+    hardware: Hardware | None = None,
+    compute_seconds: Callable[[int, int, bool], float] | None = None,
 ) -> Problem:
-    """The passes up to the problem; `change` may edit what factorize found."""
+    """The passes up to the problem; `change` may edit what factorize found. recompute: regions may be recomputed; whole:
+    capacity is for everything on a device, with Adam."""
     mesh = as_mesh(mesh)
     factors = change(factorize(program))
     graph = make_stages(program, factors, find_spaces(factors, mesh, strategy)[0], in_layouts, out_layouts)
-    return Problem(program, graph, objective)
+    state = TrainingState() if whole else None
+    regions = find_regions(graph, candidates=recompute)
+    return Problem(program, graph, objective, hardware, compute_seconds, state, regions, whole)
 
 
 def random_program(seed: int, ops: int, training: bool) -> Program:

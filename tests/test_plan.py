@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsp_auto
 from dsp_auto.cost_models.communication import primitive_cost
-from dsp_auto.planner import parse_capacity
 from dsp_auto.shards import shard_sizes
 from examples.transformer_2d import build as transformer_2d
 from tests.zoo.public import latte
@@ -124,14 +123,10 @@ def test_a_capacity_is_kept_and_less_of_it_never_sends_less():
     sent = []
     for share in (1.0, 1.5, 2.5, 10):
         capacity = int(least.memory["peak_bytes"] * share)
-        plan = dsp_auto.plan(model, "4", args, kwargs, capacity=capacity)
+        plan = dsp_auto.plan(model, "4", args, kwargs, capacity=capacity, may_stay_whole=1)
         assert plan.memory["peak_bytes"] <= plan.memory["capacity_bytes"] == capacity
         sent.append(plan.solver["objective"])
     assert sent == sorted(sent, reverse=True) and sent[-1] == 0
-
-
-def test_a_capacity_is_bytes_or_text_with_a_unit():
-    assert [parse_capacity(c) for c in (None, 5, "7", "80GB", "1.5 KiB")] == [None, 5, 7, 80 * 10**9, 1536]
 
 
 def test_the_objective_time_counts_collectives_and_compute():
