@@ -9,13 +9,13 @@ device, it takes at the worst moment, where a dim that leads needs no packing or
 
     primitive             forward                          backward
     switch                m                                m
-    hierarchical_switch   2m                               2m
+    hierarchical_switch   3m                               3m
     split                 0                                gather's
     gather                M to unpack                      reduce_scatter's, or 0
-      uneven              M to send, M to unpack
-    reduce                0                                M to sum, or 0
+      uneven              the larger of that and n m to send
+    reduce                0                                0
     reduce_scatter        M to pack                        gather's
-      uneven              M to pack, M to receive
+      uneven              and n m to send, from n ranks
     replicate             0                                M to sum
 """
 
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from .compute import Call, call_of, leaf_of
 
@@ -40,7 +41,7 @@ class LiveStorages(TorchDispatchMode):
 
     def __init__(self, known: Any = ()) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.long = 0
         self._seen: set[int] = set()
         for x in pytree.tree_leaves(known):
             if isinstance(x, Tensor):
@@ -57,22 +58,35 @@ class LiveStorages(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for x in pytree.tree_leaves(result):
             if isinstance(x, Tensor):
-                self._note(x.untyped_storage())
+                self.long += self._note(x.untyped_storage()) * takes_long(func)
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _note(self, storage: torch.UntypedStorage) -> int:
+        """Bytes of the storage, 0 if it is known."""
         key = storage._cdata
         if key in self._seen:
-            return
+            return 0
         self._seen.add(key)
         nbytes = storage.nbytes()
         self.live += nbytes
         self.peak = max(self.peak, self.live)
         finalize(storage, self._free, key, nbytes)
+        return nbytes
 
     def _free(self, key: int, nbytes: int) -> None:
         self._seen.discard(key)
         self.live -= nbytes
+
+
+def takes_long(op: Any) -> bool:
+    """Whether an op below autograd is a product, a convolution, attention, or a collective."""
+    if op.namespace == "_c10d_functional":
+        return op is not torch.ops._c10d_functional.wait_tensor.default
+    return op.overloadpacket in _LONG or str(op) == "dsp.simulated.default"
+
+
+# Of attention on a CPU the flop counter says nothing.
+_LONG = {*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu}
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,8 @@ class Footprint:
     aliases: for each result the operand whose storage it is a view of, None where it has one of its own.
     gradients: for each operand None where no gradient comes or it takes no memory, "own", or the number of the result whose
     gradient it is.
-    internal: bytes that autograd saves of the call's own making. saved: the operands that it saves.
+    internal: bytes that autograd saves of the call's own making. saved: the operands that it saves. long: bytes that ops make
+    which take long (see `takes_long`).
     """
 
     extra: int = 0
@@ -92,6 +107,7 @@ class Footprint:
     gradients: tuple[str | int | None, ...] = ()
     internal: int = 0
     saved: frozenset[int] = frozenset()
+    long: int = 0
 
 
 def op_footprint(target: Any, args: tuple, kwargs: Mapping[str, Any], training: bool) -> Footprint:
@@ -117,7 +133,7 @@ def run_footprint(run: Callable[[], Any], operands: Sequence[Tensor], training: 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
     with LiveStorages(operands) as storages, torch.set_grad_enabled(training), hooks:
         tensors = [x for x in pytree.tree_leaves(run()) if isinstance(x, Tensor)]
-    extra = storages.peak - storages.live
+    extra, long = storages.peak - storages.live, storages.long
     owners = {_address(x): n for n, x in reversed(list(enumerate(operands)))}
     saved = {_address(x): x.untyped_storage().nbytes() for x in kept}
     kept.clear()
@@ -129,6 +145,7 @@ def run_footprint(run: Callable[[], Any], operands: Sequence[Tensor], training: 
         (None,) * len(operands),
         sum(saved[address] for address in own),
         frozenset(owners[address] for address in saved.keys() & owners.keys()),
+        long,
     )
     graded = [n for n, x in enumerate(tensors) if x.requires_grad]
     wanted = [n for n, x in enumerate(operands) if x.requires_grad]
@@ -146,7 +163,7 @@ def run_footprint(run: Callable[[], Any], operands: Sequence[Tensor], training: 
     for n, x in zip(wanted, grads, strict=True):
         if x is not None:
             small = made[_address(x)] < x.numel() * x.element_size() / 2  # expanded
-            gradients[n] = incoming.get(_address(x), None if small else "own")
+            gradients[n] = None if small else incoming.get(_address(x), "own")
     new = sum(nbytes for address, nbytes in made.items() if address not in incoming)
     return replace(found, backward_extra=max(storages.peak - before - new, 0), gradients=tuple(gradients))
 
@@ -156,20 +173,23 @@ def _address(x: Tensor) -> int:
 
 
 def primitive_buffers(
-    primitive: str, whole: int, part: int, *, leads: bool, even: bool, partial_grad: bool
+    primitive: str, whole: int, part: int, *, ranks: int, leads: bool, even: bool, partial_grad: bool
 ) -> tuple[int, int]:
     """Bytes that a primitive takes beside its ends, forward and backward.
 
     whole, part: bytes of its larger and of its smaller end. leads: the dim that is gathered or scattered comes first.
     even: all ranks' parts are equal. partial_grad: the replicated side's gradient is Partial.
     """
-    gather = (0 if leads else whole) + (0 if even else whole)
+    packed = 0 if leads else whole
+    # Uneven shards travel by an all-to-all: of my part to each rank, or of every rank's term of mine.
+    sent = 0 if even else ranks * part
+    gather, scatter = max(packed, sent), packed + sent
     return {
         "switch": (part, part),
-        "hierarchical_switch": (2 * part, 2 * part),
+        "hierarchical_switch": (3 * part, 3 * part),
         "split": (0, 0 if partial_grad else gather),
-        "gather": (gather, gather if partial_grad else 0),
-        "reduce": (0, whole if partial_grad else 0),
-        "reduce_scatter": (gather, gather),
+        "gather": (gather, scatter if partial_grad else 0),
+        "reduce": (0, 0),
+        "reduce_scatter": (scatter, gather),
         "replicate": (0, whole),
     }[primitive]

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -549,6 +550,19 @@ def _turned(flat: Tensor, sizes: list[int], rows: int) -> Tensor:
     return torch.cat([blocks[row * columns + column] for column in range(columns) for row in range(rows)])
 
 
+class _Simulated(threading.local):
+    """The simulated collectives of this thread that are being issued."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], Tensor]] = []
+
+
+_simulated = _Simulated()
+# A simulated collective is an op too, so that modes which keep results (selective checkpoints) see it as they see a real one.
+_library.define("simulated(Tensor x) -> Tensor")
+_library.impl("simulated", lambda x: _simulated.calls[-1](), "CPU")
+
+
 _before_first: list[Callable[[], None]] = []
 
 
@@ -573,7 +587,11 @@ def _issue(op: Any, at: _At, *args: Any) -> Tensor:
     while _before_first:
         _before_first[0]()
     if (world := simulate.current(args[0])) is not None:
-        return world.communicate(op, at, *args)
+        _simulated.calls.append(lambda: world.communicate(op, at, *args))
+        try:
+            return torch.ops.dsp.simulated(args[0])
+        finally:
+            _simulated.calls.pop()
     if not measure.counting():
         return op(*args)
     with measure.label(at.primitive, at.direction, at.ranks, at.rank):

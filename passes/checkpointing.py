@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,10 @@ from torch import fx
 from torch.fx import traceback
 from torch.utils import checkpoint
 
+from dsp_auto.cost_models.memory import takes_long
+
 _MARK = "dsp_auto.recomputed"
+_here = threading.local()
 
 
 class Marks:
@@ -68,15 +73,29 @@ def region(node: fx.Node) -> int | None:
     return node.meta.get("custom", {}).get(_MARK)
 
 
-def recompute(body: fx.GraphModule, *args: Any) -> Any:
+def recompute(body: Callable[..., Any], selective: bool, *args: Any) -> Any:
     """Runs a part of a program; backward runs it again instead of keeping its activations.
 
-    All of it, on every rank: its collectives must meet.
+    All of it, on every rank: its collectives must meet. selective: but for what it keeps (see `keep`).
     """
     if not torch.is_grad_enabled():
         return body(*args)
+    contexts = partial(checkpoint.create_selective_checkpoint_contexts, _policy)
     with checkpoint.set_checkpoint_early_stop(False):
+        if selective:
+            return checkpoint.checkpoint(body, *args, use_reentrant=False, context_fn=contexts)
         return checkpoint.checkpoint(body, *args, use_reentrant=False)
+
+
+def keep(results: bool) -> None:
+    """Whether what the ops of a body make from here on is kept, though the body is recomputed."""
+    _here.keeps = results
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
+    """Of what is kept, what takes long. The rest of it (views, copies) is made again from these."""
+    kept = getattr(_here, "keeps", False) and takes_long(op)
+    return checkpoint.CheckpointPolicy.MUST_SAVE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def local_module(graph: fx.Graph, owner: torch.nn.Module) -> fx.GraphModule:
@@ -97,7 +116,8 @@ def local_module(graph: fx.Graph, owner: torch.nn.Module) -> fx.GraphModule:
         body, inputs, results = _body(nodes)
         name = f"recomputed_{len(attributes)}"
         attributes[name] = fx.GraphModule(owner, body)
-        call = new.call_function(recompute, (new.get_attr(name), *(env[node] for node in inputs)))
+        selective = any(node.meta.get("kept") for node in nodes)
+        call = new.call_function(recompute, (new.get_attr(name), selective, *(env[node] for node in inputs)))
         call.meta["val"] = tuple(node.meta["val"] for node in results)
         for position, node in enumerate(results):
             env[node] = new.call_function(operator.getitem, (call, position))
@@ -120,8 +140,13 @@ def _body(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]
     for node in inputs:
         own[node] = body.placeholder(node.name)
         own[node].meta = dict(node.meta)
-    for node in nodes:
-        own[node] = body.node_copy(node, own.__getitem__)
+    for kept, run in itertools.groupby(nodes, lambda node: node.meta.get("kept", False)):
+        if kept:
+            body.call_function(keep, (True,))
+        for node in run:
+            own[node] = body.node_copy(node, own.__getitem__)
+        if kept:
+            body.call_function(keep, (False,))
     body.output(tuple(own[node] for node in results)).meta["val"] = tuple(node.meta["val"] for node in results)
     return body, inputs, results
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from .lifetimes import Alive, Extra, Held, Holder, Internal, Packed, Reach, Resharded, Slot, Term, is_state
+from .lifetimes import Alive, Extra, Held, Holder, Internal, Kept, Packed, Reach, Resharded, Slot, Term, is_state
 from .nodes import ValueId
 from .stages import Use
 
 if TYPE_CHECKING:
-    from .problem import Problem
+    from .problem import Problem, Recomputed
 
 
 class Ledger:
@@ -34,12 +34,17 @@ class Ledger:
         self.terms: list[Term] = []
         self.counts, self.state = self._count()
 
-    def fits(self, choice: Sequence[int], recomputed: frozenset[int]) -> bool:
+    def fits(self, choice: Sequence[int], recomputed: Recomputed) -> bool:
         """Whether copies choose alike."""
         alike = all((own in recomputed) == (first in recomputed) for own, first in self.regions.items())
+        if not self.apart:
+            together: dict[tuple, set[bool]] = {}
+            for kept in (kept for region in self.regions for kept in self.problem.keeps.get(region, ())):
+                together.setdefault(self.of_kept(kept), set()).add(kept in recomputed)
+            alike = alike and all(len(own) == 1 for own in together.values())
         return alike and all(choice[own] == choice[first] for own, first in enumerate(self.same))
 
-    def totals(self, choice: Sequence[int], recomputed: frozenset[int]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    def totals(self, choice: Sequence[int], recomputed: Recomputed) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Bytes at every point, of activations and of everything; 0 where a region would run again that does not."""
         recomputed |= self.problem.forced
         nbytes = numpy.array([self.problem.term_bytes(term, choice, recomputed) for term in self.terms], dtype=float)
@@ -93,7 +98,8 @@ class Ledger:
         if isinstance(term, (Internal, Extra)):
             region = self.of_region(term.region) if isinstance(term, Internal) else None
             back = isinstance(term, Extra) and term.back
-            return (type(term), self.same[term.stage], term.nbytes, region, back)
+            kept = self.of_kept(term.kept) if isinstance(term, Internal) else None
+            return (type(term), self.same[term.stage], term.nbytes, region, back, kept)
         if isinstance(term, Held):
             return (Held, self.groups[term.storage], term.what)
         if isinstance(term, Packed):
@@ -120,8 +126,15 @@ class Ledger:
                 self.of_region(holder.region),
                 self.of_region(holder.takes),
                 holder.only,
+                self.of_kept(holder.kept),
             )
         return key
+
+    def of_kept(self, kept: Kept | None) -> tuple | None:
+        """The same for all that is kept together."""
+        if kept is None:
+            return None
+        return kept if self.apart else (kept.what, self.same[kept.stage], self.groups[kept.storage])
 
     def of_region(self, region: int | None) -> int | None:
         """The first of the regions that are recomputed together; -1 for those that are in any case."""

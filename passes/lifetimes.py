@@ -41,6 +41,7 @@ from .stages import OP, OUTPUT, Stage, StageGraph, Storage, Use, strip
 NEAREST = 2
 
 MADE, VIEW, ALIAS = "made", "view", "alias"
+RESULT, COPY = "result", "copy"
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 STATE = "state"  # of a slot: what is no activation
 
@@ -61,13 +62,23 @@ class Holder:
     """Who keeps a buffer for backward: a reach, or who made it (None).
 
     region: only where that region is not recomputed; takes: only where it is, because it takes the buffer; then a resharding
-    that makes it no larger comes before. only: the strategies in which the stage of the use keeps it (None: in all).
+    that makes it no larger comes before. only: the strategies in which the stage of the use keeps it (None: in all). kept: only
+    where this is kept although its region is recomputed.
     """
 
     reach: Reach | None
     region: int | None = None
     takes: int | None = None
     only: tuple[int, ...] | None = None
+    kept: Kept | None = None
+
+
+class Kept(NamedTuple):
+    """What a region that is recomputed may keep: what a stage makes, or what is received of a storage that it made."""
+
+    what: str  # RESULT or COPY
+    stage: int
+    storage: ValueId
 
 
 class Alive(NamedTuple):
@@ -89,11 +100,13 @@ class Alive(NamedTuple):
 
 @dataclass(frozen=True)
 class Internal:
-    """Bytes that a stage's op saves, shared out where the op is; `region`: only where that one is not recomputed."""
+    """Bytes that a stage's op saves, shared out where the op is; `region`: only where that one is not recomputed, or the result
+    is `kept`."""
 
     stage: int
     nbytes: int
     region: int | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -158,13 +171,18 @@ class Point:
 
 
 def lifetimes(
-    program: Program, graph: StageGraph, regions: Sequence[Region], saves: Callable[[Use], tuple[int, ...] | None]
+    program: Program,
+    graph: StageGraph,
+    regions: Sequence[Region],
+    saves: Callable[[Use], tuple[int, ...] | None],
+    keeps: Mapping[int, Sequence[Kept]],
 ) -> tuple[Point, ...]:
     """The program points of a step, in order.
 
-    saves: of a use whose op saves what it reads, the strategies in which it does, None for all.
+    saves: of a use whose op saves what it reads, the strategies in which it does, None for all. keeps: what each region may
+    keep although it is recomputed.
     """
-    return tuple(_Lifetimes(program, graph, regions, saves).points())
+    return tuple(_Lifetimes(program, graph, regions, saves, keeps).points())
 
 
 def is_state(slot: Slot | None, term: Term | None = None) -> bool:
@@ -196,8 +214,10 @@ class _Lifetimes:
         graph: StageGraph,
         regions: Sequence[Region],
         saves: Callable[[Use], tuple[int, ...] | None],
+        keeps: Mapping[int, Sequence[Kept]],
     ) -> None:
-        self.program, self.graph, self.saves = program, graph, saves
+        self.program, self.graph, self.saves, self.keeps = program, graph, saves, keeps
+        self.kept_result = {kept.stage: kept for own in keeps.values() for kept in own if kept.what == RESULT}
         self.nodes = {node.name: node for node in program.graph.nodes}
         self.regions = {region.number: region for region in regions}
         self.region_of = {stage: region.number for region in regions for stage in region.stages}
@@ -216,6 +236,7 @@ class _Lifetimes:
         # While its backward runs, or its forward once more, a region holds what it saves in any case.
         self.open: int | None = None
         self.opened: dict[Holder, Holder] = {}
+        self.keeping: dict[tuple[Use, Kept], Holder] = {}
         self.is_back = False
 
     # --- who reads what, and who keeps it
@@ -291,6 +312,9 @@ class _Lifetimes:
                         self._hold(key, Holder(None, region), stage.index)
             if region is not None:
                 self._hold_taken(stage, region)
+            if stage.index in self.kept_result:
+                for result in stage.results:
+                    self._hold(result, Holder(None, kept=self.kept_result[stage.index]), stage.index)
         for use in self.graph.stages[-1].uses:
             self._hold_use(use, use.stage, None)
 
@@ -312,8 +336,8 @@ class _Lifetimes:
 
     def _hold(self, key: ValueId, holder: Holder, since: int) -> None:
         own = self.buffers[key]
-        described = (holder.reach, holder.region, holder.takes)
-        if all((h.reach, h.region, h.takes) != described for h in own.holders):
+        described = (holder.reach, holder.region, holder.takes, holder.kept)
+        if all((h.reach, h.region, h.takes, h.kept) != described for h in own.holders):
             own.holders.append(holder)
             own.since.append(since)
 
@@ -434,18 +458,37 @@ class _Lifetimes:
         if stage.kind == OP:
             if self.footprints[index].extra or self._communicates(stage):
                 momentary.append(Extra(index, self.footprints[index].extra))
-            self._put_internal(stage)
+            self._put_internal(stage, running=True)
         yield self._point(stage, FORWARD, None, momentary)
+        if stage.kind == OP:
+            self._put_internal(stage)
         for key in touched:
             self._put_buffer(key, index, None, False, last)
+        self._put_received(stage)
 
-    def _put_internal(self, stage: Stage) -> None:
+    def _put_received(self, stage: Stage) -> None:
+        """What a region that is recomputed has received by now, and keeps."""
+        region = self.region_of.get(stage.index)
+        for kept in self.keeps.get(region, ()) if self.again is None else ():
+            if kept.what == COPY and any(use.storage == kept.storage for use in stage.uses):
+                uses = [use for use in self.graph.uses[kept.storage] if self.region_of.get(use.stage) == region]
+                holders = tuple(self._keeping(use, kept) for use in uses if use.stage <= stage.index)
+                self._put(("received", kept.storage, region), Alive(kept.storage, ALIAS, holders=holders))
+
+    def _keeping(self, use: Use, kept: Kept) -> Holder:
+        if (use, kept) not in self.keeping:
+            self.keeping[use, kept] = Holder(self._direct(use), kept=kept)
+        return self.keeping[use, kept]
+
+    def _put_internal(self, stage: Stage, running: bool = False) -> None:
         saved = self.program.saved.get(stage.op.name) if self.graph.training else None
         if saved is not None and (saved.internal_bytes or self._communicates(stage)):
             region = self.region_of.get(stage.index)
             self._put(
                 ("internal", stage.index),
-                Internal(stage.index, saved.internal_bytes, None if region == self.open else region),
+                Internal(stage.index, saved.internal_bytes, region, self.kept_result.get(stage.index))
+                if region is not None and region != self.open and not running
+                else Internal(stage.index, saved.internal_bytes),
             )
 
     def _communicates(self, stage: Stage) -> bool:
@@ -526,6 +569,8 @@ class _Lifetimes:
         for stage in inside:
             yield from self._forward(stage, region.stages[-1])
         self.again = None
+        for kept in self.keeps.get(region.number, ()):
+            self._put(("received", kept.storage, region.number), None)
         touched = [key for stage in inside for use in stage.uses for key, _ in self._reaches(use)]
         for key in dict.fromkeys((*touched, *(result for stage in inside for result in stage.results))):
             self._put_buffer(key, region.stages[-1], None, False, -1)

@@ -36,7 +36,9 @@ import pulp
 from .layout import Layout
 from .lifetimes import (
     ALIAS,
+    COPY,
     MADE,
+    RESULT,
     VIEW,
     Alive,
     Buffers,
@@ -44,12 +46,13 @@ from .lifetimes import (
     Held,
     Holder,
     Internal,
+    Kept,
     Packed,
     Reach,
     Resharded,
 )
 from .nodes import ValueId
-from .problem import TIE, Problem, Resharding
+from .problem import TIE, Problem, Recomputed, Resharding
 from .stages import Stage, Use, strip
 
 # The objective's largest coefficient, and HiGHS's tolerances. With larger ones HiGHS 1.15 has called a plan optimal that was
@@ -67,13 +70,13 @@ CONSTANT = ""  # in a row, the variable that is 1
 @dataclass(frozen=True)
 class Answer:
     """What the solver said. `value` is the objective (or the peak), `choice` the strategy of every stage; both None where it
-    found none. recomputed: numbers of the regions that are recomputed by choice. optimal: there is no better one."""
+    found none. recomputed: see `Recomputed`. optimal: there is no better one."""
 
     status: str
     optimal: bool
     value: float | None
     choice: tuple[int, ...] | None
-    recomputed: frozenset[int]
+    recomputed: Recomputed
     solver: str
     variables: int
     constraints: int
@@ -202,7 +205,13 @@ class Model:
     def _recompute(self) -> dict[int, str]:
         """A variable for each region that may be recomputed; copies of one share it, as their stages do."""
         found = {region: f"r{first}" for region, first in self.ledger.regions.items()}
-        self.binaries += dict.fromkeys(found.values())
+        numbers: dict[tuple, int] = {}
+        self.kappa: dict[Kept, str] = {}
+        for region, name in found.items():
+            for kept in self.problem.keeps[region]:
+                own = self.kappa[kept] = f"k{numbers.setdefault(self.ledger.of_kept(kept), len(numbers))}"
+                self._row({name: 1.0, self._variable(own): -1.0}, ">=", 0.0)
+        self.binaries += dict.fromkeys((*found.values(), *self.kappa.values()))
         for name in found.values():
             self._variable(name)
         return found
@@ -214,26 +223,33 @@ class Model:
             if not region.forced:
                 # Of plans that cost the same, the one that recomputes least.
                 self._add(self.objective, {self.rho[region.number]: self._tie * (1 + work / self._made_bytes)})
+            results = {own.stage: own for own in self.problem.keeps.get(region.number, ()) if own.what == RESULT}
+            # Of what is kept too, the least.
+            for kept in self.problem.keeps.get(region.number, ()):
+                self._add(self.objective, {self.kappa[kept]: self._tie})
             for index in region.stages:
                 costs: dict[float, Expression] = {}
                 for k, name in enumerate(self.x[self.same[index]]):
-                    cost = self.problem.inside_again(index, k)
-                    if self.problem.objective == "time":
-                        cost += self.problem.compute_again(index, k)
-                    self._add(costs.setdefault(cost, {}), {name: 1.0})
+                    self._add(costs.setdefault(self.problem.stage_again(index, k), {}), {name: 1.0})
                 for cost, expression in costs.items():
                     if cost:
-                        self._charge_if(expression, region.number, cost, whole=len(costs) == 1)
+                        self._charge_if(expression, region.number, cost, len(costs) == 1, results.get(index))
 
-    def _charge_if(self, expression: Expression, region: int, weight: float, whole: bool = False) -> None:
-        """`weight`, if `expression` is 1 and the region is recomputed. whole: it always is."""
+    def _charge_if(
+        self, expression: Expression, region: int, weight: float, whole: bool, kept: Kept | None = None
+    ) -> None:
+        """`weight`, if `expression` is 1 and the region is recomputed and does not keep this. whole: the expression is 1."""
         if region in self.problem.forced:
             self._add(self.objective, expression, weight)
         elif whole:
             self._add(self.objective, {self.rho[region]: weight})
+            if kept is not None:
+                self._add(self.objective, {self.kappa[kept]: -weight})
         else:
             both = {**expression}
             self._add(both, {self.rho[region]: 1.0})
+            if kept is not None:
+                self._add(both, {self.kappa[kept]: -1.0})
             self._add(self.objective, self._at_least([(both, -1.0)]), weight)
 
     def _repeated_work(self, stage: Stage, strategy: int) -> float:
@@ -347,6 +363,10 @@ class Model:
                         bounds.append((first, 0.0))
                     else:
                         self._add(first, {self.rho[region]: 1.0})
+                        entry = self.graph.storages[storage]
+                        kept = Kept(COPY, entry.maker, entry.id)
+                        if kept in self.kappa:
+                            self._add(first, {self.kappa[kept]: -1.0})
                         bounds.append((first, -1.0))
                 self._add(self.objective, self._at_least(bounds), weight * len(group.storages))
             for expression in own:
@@ -382,7 +402,8 @@ class Model:
             self._add(found.setdefault(nbytes, {}), {name: 1.0})
             sizes[nbytes] = float(nbytes)
         if region is not None:
-            found = {n: self._at_least([self._unless(own, region)]) for n, own in found.items()}
+            kept = {self.kappa[term.kept]: 1.0} if term.kept is not None else {}
+            found = {n: self._at_least([self._unless({**own, **kept}, region)]) for n, own in found.items()}
         return self.copies[self.same[term.stage]], found, sizes
 
     _extra = _internal
@@ -456,7 +477,11 @@ class Model:
             elif holder.reach is not None:
                 own = self._reached(group, holder.reach, term.flavor, holder.takes is not None)
             for layout, (expression, constant) in own.items():
-                if holder.region is not None:
+                if holder.kept is not None:
+                    expression = {**expression}
+                    self._add(expression, {self.kappa[holder.kept]: 1.0})
+                    constant -= 1.0
+                elif holder.region is not None:
                     expression, constant = self._unless(expression, holder.region, constant)
                 elif holder.takes is not None and holder.takes not in self.problem.forced:
                     expression = {**expression}
@@ -475,7 +500,7 @@ class Model:
         self, group: _Group, reach: Reach, flavor: str, here: Sequence[ByLayout], alive: Callable[..., None]
     ) -> None:
         """What waits for a use to come."""
-        passed = [self._when_resharded(use) for use in reach.unless]
+        passed = [self._when_resharded(use) for use in reach.unless if use.stage < reach.stage]
 
         def bound(layout: Layout, expression: Expression, less: Sequence[Expression], constant: float = 0.0) -> None:
             total = {**expression}
@@ -680,7 +705,8 @@ class Model:
                 for shared, own in self.x.items()
             }
             choice = tuple(picked[self.same[stage.index]] for stage in self.graph.stages)
-            recomputed = frozenset(n for n, name in self.rho.items() if (variables[name].value() or 0.0) > 0.5)
+            items = itertools.chain(self.rho.items(), self.kappa.items())
+            recomputed = frozenset(item for item, name in items if (variables[name].value() or 0.0) > 0.5)
         return Answer(
             pulp.LpStatus[program.status],
             program.sol_status == pulp.LpSolutionOptimal,

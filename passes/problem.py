@@ -29,20 +29,24 @@ from .layout import Layout, R, Replicate, Shard, Step, cutters, ways
 from .ledger import Ledger
 from .lifetimes import (
     ALIAS,
+    COPY,
     FORWARD,
     MADE,
+    RESULT,
     STEP,
     Alive,
     Extra,
     Held,
     Holder,
     Internal,
+    Kept,
     Packed,
     Point,
     Reach,
     Resharded,
     Slot,
     Term,
+    footprint,
     is_state,
     lifetimes,
 )
@@ -52,8 +56,14 @@ from .regions import Region, find_regions
 from .stages import Stage, StageGraph, Use, strip
 
 OBJECTIVES = ("volume", "time")
+# An op is worth keeping the result of if it takes more than this share of what recomputing its region costs.
+KEEPING = 0.1
 # Of ways of equal cost the one of fewest collectives is taken: each weighs this share of the tensor, or of a second.
 TIE = 1e-10
+
+
+# What a plan recomputes: numbers of regions, and what these keep although they are recomputed.
+Recomputed = frozenset[int | Kept]
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class Problem:
                 found="no such objective",
                 remedy=f"use one of {', '.join(OBJECTIVES)}",
             )
-        self.graph, self.objective, self.hardware = graph, objective, hardware
+        self.program, self.graph, self.objective, self.hardware = program, graph, objective, hardware
         self.state = state or TrainingState("none")
         self.regions = tuple(regions) or find_regions(graph, candidates=False)
         self.whole = whole
@@ -168,8 +178,9 @@ class Problem:
         self._bytes: dict[tuple, int] = {}
         self._ledgers: dict[tuple[tuple[int, ...], bool], Ledger] = {}
         self._written_out: dict[tuple, Footprint] = {}
+        self._shares: dict[tuple[int, int], float] = {}
         self._totals: dict[tuple, tuple[list[int], list[int]]] = {}
-        self.points = lifetimes(program, graph, self.regions, self.saves)
+        self.points = lifetimes(program, graph, self.regions, self.saves, self.keeps)
 
     def target(self, use: Use, source: Layout, wanted: Layout) -> Layout:
         """The layout that a use of a storage made in `source` gets. Where no gradient flows back, it does not matter which
@@ -414,8 +425,19 @@ class Problem:
     def shared_bytes(self, term: Internal | Extra, strategy: int) -> int:
         own = self.written_out(term.stage, strategy)
         if own is None:
-            return -(-term.nbytes // self.graph.shards(term.stage, strategy))
+            return math.ceil(term.nbytes * self._largest_share(term.stage, strategy))
         return own.internal if isinstance(term, Internal) else own.backward_extra if term.back else own.extra
+
+    def _largest_share(self, stage: int, strategy: int) -> float:
+        """The share of an op's work that the rank has that has most."""
+        key = (stage, strategy)
+        if key not in self._shares:
+            entry, share = self.graph.stages[stage], 1.0
+            for cut, mesh_dims in entry.strategies[strategy].together.items() if entry.op is not None else ():
+                lengths = self.graph.lengths(entry.op.factors(cut)[0], mesh_dims)
+                share *= max(lengths) / sum(lengths)
+            self._shares[key] = share
+        return self._shares[key]
 
     def saves(self, use: Use) -> tuple[int, ...] | None:
         """The strategies in which an op that saves an operand really does, None: in all; a rule that communicates may save
@@ -480,6 +502,7 @@ class Problem:
             step.primitive,
             max(ends),
             min(ends) if step.primitive != "switch" else max(ends),
+            ranks=math.prod(self.graph.mesh.sizes[m] for m in step.mesh_dims),
             leads=leads,
             even=all(min(own) == max(own) for own in lengths),
             partial_grad=any(isinstance(p, Replicate) and p.partial_grad for p in (step.source, step.target)),
@@ -514,7 +537,7 @@ class Problem:
             found |= {inside.mesh_dims for inside in self.inside(stage.index, choice[stage.index])}
         return sorted(found)
 
-    def cost(self, choice: Sequence[int], recomputed: frozenset[int] = frozenset()) -> float | None:
+    def cost(self, choice: Sequence[int], recomputed: Recomputed = frozenset()) -> float | None:
         """The objective of a choice where some regions are recomputed, None where it is impossible."""
         reshardings = self.reshardings(choice)
         if reshardings is None:
@@ -527,16 +550,55 @@ class Problem:
         return sum(self.weight(r.cost) for r in reshardings) + inside + compute + again
 
     def again(
-        self, choice: Sequence[int], recomputed: frozenset[int], reshardings: Sequence[Resharding] | None = None
+        self, choice: Sequence[int], recomputed: Recomputed, reshardings: Sequence[Resharding] | None = None
     ) -> float:
         """What backward pays once more for regions that it runs again."""
         reshardings = self.reshardings(choice) if reshardings is None else reshardings
-        found = sum(self.weight(self.forward_only(r)) for r in reshardings if self.runs_again(r, choice) in recomputed)
+        found = sum(self.weight(self.forward_only(r)) for r in reshardings if self.is_repeated(r, choice, recomputed))
         for region in self.regions:
             if region.number in recomputed:
-                for stage in region.stages:
-                    found += self.inside_again(stage, choice[stage])
-                    found += self.compute_again(stage, choice[stage]) if self.objective == "time" else 0.0
+                kept = {own.stage for own in self.keeps.get(region.number, ()) if own.what == RESULT and own in recomputed}
+                found += sum(self.stage_again(stage, choice[stage]) for stage in region.stages if stage not in kept)
+        return found
+
+    def stage_again(self, stage: int, strategy: int) -> float:
+        """The objective's share of running a stage's op once more."""
+        seconds = self.compute_again(stage, strategy) if self.objective == "time" else 0.0
+        return self.inside_again(stage, strategy) + seconds
+
+    def is_repeated(self, resharding: Resharding, choice: Sequence[int], recomputed: Recomputed) -> bool:
+        """Whether backward does a resharding once more, the way it went forward."""
+        region = self.runs_again(resharding, choice)
+        storage = self.graph.storages[resharding.storage]
+        return region in recomputed and Kept(COPY, storage.maker, storage.id) not in recomputed
+
+    def _may_keep(self, stage: Stage) -> bool:
+        """Whether what takes long of an op is what it makes."""
+        own = footprint(self.program, stage.op)
+        made = sum(self.graph.storages[result].root.nbytes for result in stage.results)
+        return 0 < own.long <= made + own.internal
+
+    @cached_property
+    def keeps(self) -> Mapping[int, tuple[Kept, ...]]:
+        """What each region may keep although it is recomputed: what it receives from resharding what it made, and results of
+        ops that take much of what recomputing it costs."""
+        found: dict[int, tuple[Kept, ...]] = {}
+        for region in self.regions:
+            if region.forced:
+                continue
+            own: list[Kept] = []
+            costs = {s: max(self.stage_again(s, k) for k in range(len(self.graph.stages[s].strategies))) for s in region.stages}
+            for index in region.stages:
+                stage = self.graph.stages[index]
+                if costs[index] > KEEPING * sum(costs.values()) and self._may_keep(stage):
+                    own.append(Kept(RESULT, index, stage.results[0]))
+                for result in stage.results:
+                    uses = [u for u in self.graph.uses.get(result, ()) if self.region_of.get(u.stage) == region.number]
+                    layouts = {strip(layout) for use in uses for layout in use.wanted}
+                    made = {strip(layouts[stage.results.index(result)]) for layouts in stage.made}
+                    if uses and len(layouts | made) > 1:
+                        own.append(Kept(COPY, index, result))
+            found[region.number] = tuple(own)
         return found
 
     def forward_only(self, resharding: Resharding) -> Cost:
@@ -576,7 +638,7 @@ class Problem:
         """The layout in which a use reads a storage, with one kind of Replicate."""
         return strip(reach.use.wanted[choice[reach.use.stage]])
 
-    def layouts(self, term: Alive, choice: Sequence[int], recomputed: frozenset[int]) -> set[Layout]:
+    def layouts(self, term: Alive, choice: Sequence[int], recomputed: Recomputed) -> set[Layout]:
         """In which layouts a buffer is alive."""
         made = strip(self.made(term.storage, choice))
         found = {made} if term.made else set()
@@ -592,7 +654,8 @@ class Problem:
                     wanted = self.reached(holder.reach, choice)
                     found.add(wanted if holder.takes is None else self.taken(term.storage, made, wanted))
         for reach in term.after:
-            if self._passed(reach, choice):
+            # What will be resharded on the way is there until then.
+            if any(self.resharded(use, choice) for use in reach.unless if use.stage < reach.stage):
                 continue
             wanted = self.reached(reach, choice)
             if wanted in here and wanted != made:
@@ -611,17 +674,20 @@ class Problem:
         """In which layout a region that is recomputed takes a storage: resharded before, where that makes it no larger."""
         return wanted if self.nbytes(storage, wanted) <= self.nbytes(storage, made) else made
 
-    def _holds(self, holder: Holder, recomputed: frozenset[int]) -> bool:
+    def _holds(self, holder: Holder, recomputed: Recomputed) -> bool:
+        if holder.kept is not None:
+            return holder.kept in recomputed
         if holder.takes is not None:
             return holder.takes in recomputed
         return holder.region is None or holder.region not in recomputed
 
-    def term_bytes(self, term: Term, choice: Sequence[int], recomputed: frozenset[int] = frozenset()) -> int:
+    def term_bytes(self, term: Term, choice: Sequence[int], recomputed: Recomputed = frozenset()) -> int:
         """Bytes of one term under a choice, where some regions are recomputed."""
         if isinstance(term, Alive):
             return sum(self.nbytes(term.storage, layout) for layout in self.layouts(term, choice, recomputed))
         if isinstance(term, Internal):
-            return 0 if term.region in recomputed else self.shared_bytes(term, choice[term.stage])
+            gone = term.region in recomputed and term.kept not in recomputed
+            return 0 if gone else self.shared_bytes(term, choice[term.stage])
         if isinstance(term, Extra):
             return self.shared_bytes(term, choice[term.stage])
         if isinstance(term, Packed):
@@ -637,7 +703,7 @@ class Problem:
         return 0 if target == source else self.buffers_bytes(term.use.storage, source, target, term.back)
 
     def totals(
-        self, choice: Sequence[int], recomputed: frozenset[int] = frozenset(), whole: bool | None = None
+        self, choice: Sequence[int], recomputed: Recomputed = frozenset(), whole: bool | None = None
     ) -> list[int]:
         """Bytes alive at every program point of a choice; 0 where a region would run again that does not.
 
@@ -652,7 +718,7 @@ class Problem:
             self._totals = {key: tuple([int(nbytes) for nbytes in own] for own in both)}
         return self._totals[key][self.whole if whole is None else whole]
 
-    def _add_up(self, choice: Sequence[int], recomputed: frozenset[int]) -> tuple[list[int], list[int]]:
+    def _add_up(self, choice: Sequence[int], recomputed: Recomputed) -> tuple[list[int], list[int]]:
         """Of activations, and of everything."""
         known: dict[int, int] = {}
 
@@ -685,7 +751,7 @@ class Problem:
         return self._ledgers[key]
 
     def peak(
-        self, choice: Sequence[int], recomputed: frozenset[int] = frozenset(), whole: bool | None = None
+        self, choice: Sequence[int], recomputed: Recomputed = frozenset(), whole: bool | None = None
     ) -> tuple[int, Point | None]:
         """Bytes at the worst program point of a choice, and that point; see `totals`."""
         totals = self.totals(choice, recomputed, whole)

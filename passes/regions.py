@@ -1,8 +1,8 @@
 """Regions: runs of stages whose activations backward may make again instead of keeping them.
 
 What the model itself runs under `torch.utils.checkpoint` is a region that is recomputed. Elsewhere the planner may choose:
-candidates are the model's blocks (module paths up to a number), finer ones inside of a block that makes much of everything, and
-where nothing is numbered, runs between which few bytes pass.
+candidates are the model's blocks (module paths up to a number), the modules of a block that makes much of everything, and where
+there are no modules, runs between which few bytes pass.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _candidates(stages: Sequence[Stage], total: int, graph: StageGraph) -> list[
     blocks = _by_block(stages, 1, total, graph)
     if blocks:
         return blocks
-    return _runs(stages, graph) if not any(stage.path for stage in stages) else _by_child(stages)
+    return _by_child(stages, "") or _runs(stages, graph)
 
 
 def _by_block(stages: Sequence[Stage], numbers: int, total: int, graph: StageGraph) -> list[list[Stage]]:
@@ -62,7 +62,7 @@ def _by_block(stages: Sequence[Stage], numbers: int, total: int, graph: StageGra
         own = list(run)
         if block is None or len(own) < 2:
             continue
-        inner = _by_block(own, numbers + 1, total, graph)
+        inner = _by_block(own, numbers + 1, total, graph) or _by_child(own, block)
         if len(inner) > 1 and sum(_made(graph, stage) for stage in own) > LARGE * total:
             found += inner
         else:
@@ -76,9 +76,13 @@ def _block(path: str, numbers: int) -> str | None:
     return ".".join(parts[: at[numbers - 1] + 1]) if len(at) >= numbers else None
 
 
-def _by_child(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Runs of stages in one of the model's modules."""
-    runs = [list(run) for path, run in itertools.groupby(stages, lambda stage: stage.path.partition(".")[0]) if path]
+def _by_child(stages: Sequence[Stage], parent: str) -> list[list[Stage]]:
+    """Runs of stages in one of a module's children."""
+
+    def child(stage: Stage) -> str:
+        return stage.path.removeprefix(parent).lstrip(".").partition(".")[0]
+
+    runs = [list(run) for path, run in itertools.groupby(stages, child) if path]
     return [run for run in runs if len(run) > 1]
 
 

@@ -25,6 +25,7 @@ from .buckets import Bucket
 from .capture import Program
 from .factors import Cut, Op
 from .layout import Layout, Replicate, Shard, Step, cutters
+from .lifetimes import COPY, RESULT, Kept
 from .nodes import ValueId, is_tensor, value_id
 from .notation import Emit, Local
 from .problem import Problem
@@ -133,7 +134,10 @@ class _Writer:
     def _op(self, op: Op, stage: Stage) -> None:
         strategy = stage.strategies[self.choice[stage.index]]
         number = self.problem.region_of.get(stage.index)
-        self.meta = _kept_meta(op.node) | ({"region": number} if number in self.recomputed else {})
+        self.meta = _kept_meta(op.node)
+        if number in self.recomputed:
+            self.meta["region"] = number
+            self.meta["kept"] = bool(op.results) and Kept(RESULT, stage.index, op.results[0]) in self.recomputed
         operands = iter([self.operand(value, use) for value, use in zip(op.operands, stage.uses, strict=True)])
         args, kwargs = fx.map_arg(
             (op.node.args, op.node.kwargs), lambda n: next(operands) if is_tensor(n) else self.numbers[n.name]
@@ -219,8 +223,11 @@ class _Writer:
         target = self.problem.target(use, source, use.wanted[self.choice[use.stage]])
         if target != source:
             meta = self.meta
-            if not self.problem.is_inside(use.storage, self.meta.get("region"), source, target):
-                self.meta = {key: value for key, value in meta.items() if key != "region"}
+            if self.problem.is_inside(use.storage, self.meta.get("region"), source, target):
+                kept = Kept(COPY, self.graph.storages[use.storage].maker, use.storage)
+                self.meta = {**meta, "kept": kept in self.recomputed}
+            else:
+                self.meta = {key: value for key, value in meta.items() if key not in ("region", "kept")}
             for step in self.problem.resharding(use.storage, source, target, use.grad).steps:
                 if (use.storage, step.after) not in self.copies:
                     self._step(use.storage, current, step)

@@ -8,14 +8,14 @@ plan carries. A plan that is further from its bound than `GAP` is solved for aga
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dsp_auto.errors import InfeasibleError, StrategyError
 
 from .fold import fold, split
 from .model import Answer, Model
-from .problem import Problem
+from .problem import Problem, Recomputed
 
 SLACK = 0.10
 # The solver's tolerance and the tie-breakers are no difference in cost.
@@ -41,7 +41,7 @@ class Solution:
     """`choice[s]` is the strategy of stage s. Objective and bound are wire bytes ("volume") or seconds ("time")."""
 
     choice: tuple[int, ...]
-    recomputed: frozenset[int]
+    recomputed: Recomputed
     objective: float
     bound: float
     status: str
@@ -243,27 +243,32 @@ def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: i
     if not apart.fits(answer.choice, answer.recomputed):
         return answer
 
-    def fits(recomputed: frozenset[int]) -> bool:
+    def without(regions: Iterable[int]) -> Recomputed:
+        gone = set(regions)
+        return answer.recomputed - gone - {kept for region in gone for kept in problem.keeps[region]}
+
+    def fits(recomputed: Recomputed) -> bool:
         return max(apart.totals(answer.choice, recomputed)[problem.whole]) <= capacity
 
     copies: dict[int, list[int]] = {}
     for region, first in model.ledger.regions.items():
         if region in answer.recomputed:
             copies.setdefault(first, []).append(region)
-    recomputed = answer.recomputed
-    dearest = sorted(copies.values(), key=lambda own: -problem.again(answer.choice, frozenset(own)))
+    gone: list[int] = []
+    all_of = problem.again(answer.choice, answer.recomputed)
+    dearest = sorted(copies.values(), key=lambda own: problem.again(answer.choice, without(own)) - all_of)
     for own in dearest:
-        others, (few, many) = recomputed - set(own), (-1, len(own))
+        few, many = -1, len(own)
         while many - few > 1:
             count = (few + many) // 2
-            few, many = (few, count) if fits(others | set(own[:count])) else (count, many)
-        recomputed = others | set(own[:many])
-    return replace(answer, recomputed=frozenset(recomputed))
+            few, many = (few, count) if fits(without((*gone, *own[count:]))) else (count, many)
+        gone += own[many:]
+    return replace(answer, recomputed=without(gone))
 
 
 def _solve_split(problem: Problem, same: Sequence[int], known: Answer, capacity: int, time_limit: float) -> Answer:
     """Copies that are recomputed may choose otherwise than those that are not."""
-    last = max(known.recomputed)
+    last = max(item for item in known.recomputed if isinstance(item, int))
     following = [region for region in problem.regions if region.number > last]
     if not following:
         return known

@@ -17,6 +17,7 @@ from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
 from .layout import R, Shard, Step, cutters, show_placement
+from .lifetimes import RESULT, Kept
 from .nodes import node_call
 from .notation import OpRule
 from .problem import Problem, Resharding
@@ -322,7 +323,7 @@ def _communication(
     # Two ways of one tensor that begin alike go that far together.
     shared: dict[tuple, tuple[Step, Cost, bool, bool]] = {}
     for resharding in reshardings:
-        again = problem.runs_again(resharding, choice) in recomputed
+        again = problem.is_repeated(resharding, choice, recomputed)
         for step, cost in zip(resharding.steps, resharding.costs):
             key = (resharding.storage, step.before, step.after)
             if key not in shared or cost.backward_bytes > shared[key][1].backward_bytes:
@@ -332,7 +333,9 @@ def _communication(
         paper += cost.paper_volume
     for stage in problem.graph.stages:
         for inside in problem.inside(stage.index, choice[stage.index]):
-            again = problem.region_of.get(stage.index) in recomputed
+            region = problem.region_of.get(stage.index)
+            keeps = any(own.stage == stage.index and own.what == RESULT for own in recomputed if isinstance(own, Kept))
+            again = region in recomputed and not keeps
             add(inside.primitive, _again(inside.cost, again), 1)
             paper += inside.cost.paper_volume
     if buckets:
@@ -388,6 +391,11 @@ def _recomputed(problem: Problem, solution: Solution) -> tuple[dict[str, Any], .
             "modules": _name([stages[index] for index in region.stages]),
             "ops": len(region.stages),
             "by": "model" if region.forced else "plan",
+            "keeps": [
+                f"{own.what} of {stages[own.stage].name} ({stages[own.stage].op.name})"
+                for own in problem.keeps.get(region.number, ())
+                if own in solution.recomputed
+            ],
         }
         for region in problem.regions
         if region.forced or region.number in solution.recomputed
