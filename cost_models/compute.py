@@ -99,8 +99,8 @@ class Call:
     """One call of an op on fake tensors; equal to calls whose tensors look the same."""
 
     target: Any
-    leaves: list[Any]
-    spec: Any
+    args: tuple
+    kwargs: Mapping[str, Any]
     key: tuple
 
     def __hash__(self) -> int:
@@ -109,24 +109,29 @@ class Call:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Call) and self.key == other.key
 
+    def with_leaves(self, training: bool) -> tuple[tuple, dict[str, Any], list[Tensor]]:
+        """The arguments with new tensors like the operands, and these."""
+        leaves, spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
+        leaves = [_leaf(x, training) if isinstance(x, Tensor) else x for x in leaves]
+        return *pytree.tree_unflatten(leaves, spec), [x for x in leaves if isinstance(x, Tensor)]
+
 
 def call_of(function: Any, target: Any, args: tuple, kwargs: Mapping[str, Any], training: bool) -> Any:
     """What a cached `function` says of a call."""
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    described = tuple(_describe(leaf) for leaf in leaves)
+    key = (target, _describe(tuple(args)), tuple((name, _describe(value)) for name, value in kwargs.items()), training)
+    call = Call(target, args, dict(kwargs), key)
     try:
-        return function(Call(target, leaves, spec, (target, described, str(spec), training)), training)
+        return function(call, training)
     except TypeError:  # an argument that cannot be hashed
-        return function.__wrapped__(Call(target, leaves, spec, ()), training)
+        return function.__wrapped__(call, training)
 
 
 @lru_cache(maxsize=4096)
 def _launches(call: Call, training: bool) -> tuple[tuple[Launch, ...], ...]:
-    leaves = [leaf_of(x, training) if isinstance(x, Tensor) else x for x in call.leaves]
-    args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+    args, kwargs, leaves = call.with_leaves(training)
     with torch.set_grad_enabled(training), RecordLaunches() as forward:
         result = call.target(*args, **kwargs)
-    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    wanted = [x for x in leaves if x.requires_grad]
     made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.requires_grad]
     if not training or not wanted or not made:
         return tuple(forward.launches), ()
@@ -136,12 +141,14 @@ def _launches(call: Call, training: bool) -> tuple[tuple[Launch, ...], ...]:
     return tuple(forward.launches), tuple(backward.launches)
 
 
-def leaf_of(x: Tensor, training: bool) -> Tensor:
+def _leaf(x: Tensor, training: bool) -> Tensor:
     """A tensor like an operand, that a gradient comes to where the operand requires one."""
     return x.detach().requires_grad_(training and x.requires_grad)
 
 
 def _describe(leaf: Any) -> Any:
+    if type(leaf) in (list, tuple):
+        return (type(leaf), *map(_describe, leaf))
     if isinstance(leaf, Tensor):
         return (Tensor, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
     return (type(leaf), leaf)

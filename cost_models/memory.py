@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .compute import Call, call_of, leaf_of
+from .compute import Call, call_of
 
 
 class LiveStorages(TorchDispatchMode):
@@ -117,9 +117,8 @@ def op_footprint(target: Any, args: tuple, kwargs: Mapping[str, Any], training: 
 
 @lru_cache(maxsize=4096)
 def _footprint(call: Call, training: bool) -> Footprint:
-    leaves = [leaf_of(x, training) if isinstance(x, Tensor) else x for x in call.leaves]
-    args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-    return run_footprint(lambda: call.target(*args, **kwargs), [x for x in leaves if isinstance(x, Tensor)], training)
+    args, kwargs, operands = call.with_leaves(training)
+    return run_footprint(lambda: call.target(*args, **kwargs), operands, training)
 
 
 def run_footprint(run: Callable[[], Any], operands: Sequence[Tensor], training: bool) -> Footprint:

@@ -1,6 +1,7 @@
 """Runs an unmodified PyTorch model on N devices by sharding its sequence dims, with the least communication."""
 
 from .compare import Comparison, compare
+from .cost_models.state import TrainingState
 from .errors import (
     AgreementError,
     CaptureError,
@@ -13,6 +14,7 @@ from .errors import (
     RuleError,
     StrategyError,
 )
+from .fit import Fit, fit
 from .parallelize import ParallelModule, parallelize
 from .passes.register import register_rule
 from .plan import Plan
@@ -23,6 +25,7 @@ __all__ = [
     "CaptureError",
     "Comparison",
     "DspError",
+    "Fit",
     "InfeasibleError",
     "LayoutError",
     "MeshError",
@@ -32,7 +35,9 @@ __all__ = [
     "ProofError",
     "RuleError",
     "StrategyError",
+    "TrainingState",
     "compare",
+    "fit",
     "parallelize",
     "plan",
     "register_rule",

@@ -1,46 +1,64 @@
-"""`dsp-auto`: explain a plan, compare strategies, show on this computer that plans are right, tell the rule of an op, or
-measure a mesh."""
+"""`dsp-auto`: explain a plan, compare strategies, find how few GPUs a model fits on, show on this computer that plans are
+right, tell the rule of an op, or measure a mesh."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.util
-import inspect
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .compare import compare as compare_strategies
-from .errors import DspError
+from .cost_models.state import OPTIMIZERS, TrainingState
+from .errors import DspError, InfeasibleError
+from .factory import build, reason
+from .fit import fit as fit_strategies
+from .mesh import as_mesh
+from .passes.capture import capture
 from .passes.presets import PRESETS
-from .planner import plan
+from .planner import Options, decide, finish, prepare
+from .show_memory import show_memory
+from .suggest import what_would_fit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 1 where `demo` finds a disagreement, or 2 where `compare` finds no strategy that can run; and 2 with
-    one line on stderr where the input is bad."""
+    """Exit code: 0, or 1 where `demo` finds a disagreement, or 2 where `compare` or `fit` finds no strategy that can run; and 2
+    with one line on stderr where the input is bad, and more where `explain` finds what would fit."""
     try:
         options = _parser().parse_args(argv)
         return options.run(options)
     except DspError as error:
-        print(f"dsp-auto: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(error)
         return 2
 
 
 def explain(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr), _call(options) as (args, given):  # stdout is for the plan alone
-        found = plan(*args, strategy=options.strategy, **given)
-    print(found.to_json(indent=2) if options.json else found)
+        model, mesh, *call = args
+        chosen, mesh = Options.of(strategy=options.strategy, **given), as_mesh(mesh)
+        program = capture(model, *call)
+        try:
+            prepared = prepare(program, mesh, chosen)
+            found = finish(prepared, decide(prepared))[0]
+        except InfeasibleError as error:
+            _print_error(error)
+            for line in what_would_fit(program, mesh, chosen):
+                print(f"    {line}", file=sys.stderr)
+            return 2
+    if options.json:
+        print(found.to_json(indent=2))
+    else:
+        print(f"{found}\n\n{show_memory(found)}" if options.memory else found)
     return 0
 
 
@@ -49,6 +67,25 @@ def compare(options: argparse.Namespace) -> int:
         found = compare_strategies(*args, strategies=options.strategies, layers=options.layers, **given)
     print(found.to_json(indent=2) if options.json else found)
     return 0 if found.runnable else 2
+
+
+def fit(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr), torch.set_grad_enabled(not options.inference):
+        factory, arguments = _load(options.target), _arguments(options.argument)
+        given = _planning(options, factory)
+        found = fit_strategies(
+            _in_eval(factory) if options.inference else factory,
+            options.gpus,
+            args=(),
+            arguments=arguments,
+            strategies=options.strategies,
+            zero=options.zero,
+            sequence=options.sequence,
+            step=options.step,
+            **given,
+        )
+    print(found.to_json(indent=2) if options.json else found)
+    return 0 if found.fits else 2
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -74,22 +111,41 @@ def rules(options: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _call(options: argparse.Namespace) -> Iterator[tuple[tuple, dict[str, Any]]]:
     """What `plan` and `compare` are both called with: model, mesh, args and kwargs, and options by name."""
-    arguments, dim_names = _arguments(options.argument), _pairs("--dim-names", options.dim_names)
-    factory = _load(options.target)
-    model, args, kwargs = _build(factory, options.target, arguments)
+    factory, arguments = _load(options.target), _arguments(options.argument)
+    given = _planning(options, factory)
+    model, args, kwargs = build(factory, options.target, arguments)
     if options.inference:
         model.eval()
     with torch.set_grad_enabled(not options.inference):
-        yield (
-            (model, options.mesh, args, kwargs),
-            {
-                "objective": options.objective,
-                "capacity": options.capacity,
-                "hardware": options.hardware,
-                "shard_parameters": options.shard_parameters,
-                "dim_names": dim_names or getattr(factory, "dim_names", None),
-            },
-        )
+        yield (model, options.mesh, args, kwargs), given
+
+
+def _planning(options: argparse.Namespace, factory: Callable[..., Any]) -> dict[str, Any]:
+    """The options of planning by name."""
+    state = {"zero": options.zero, "data_parallel": options.data_parallel} if "data_parallel" in options else {}
+    return {
+        "objective": options.objective,
+        "capacity": options.capacity,
+        "reserve": options.reserve,
+        "optimizer": TrainingState(options.optimizer, options.master_weights, **state),
+        "recompute": options.recompute,
+        "hardware": options.hardware,
+        "shard_parameters": options.shard_parameters,
+        "dim_names": _pairs("--dim-names", options.dim_names) or getattr(factory, "dim_names", None),
+    }
+
+
+def _in_eval(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """The factory, with its model in eval mode."""
+
+    @functools.wraps(factory)
+    def made(**arguments: Any) -> Any:
+        built = factory(**arguments)
+        if isinstance(built, tuple) and built and isinstance(built[0], nn.Module):
+            built[0].eval()
+        return built
+
+    return made
 
 
 def _load(target: str) -> Callable[..., Any]:
@@ -112,7 +168,7 @@ def _load_module(place: str) -> Any:
     try:
         return _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
-        raise DspError(asked=f"cannot import {place}", found=_reason(error)) from error
+        raise DspError(asked=f"cannot import {place}", found=reason(error)) from error
 
 
 def _import_module(name: str) -> Any:
@@ -134,35 +190,6 @@ def _import_file(path: Path) -> Any:
 def _importable(folder: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-
-
-def _build(factory: Callable[..., Any], target: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, tuple, dict]:
-    """What the factory returns, on fake tensors: shapes without weights. For real where it does not run under those."""
-    try:
-        inspect.signature(factory).bind(**arguments)
-    except TypeError as error:
-        remedy = f"it takes {inspect.signature(factory)}"
-        raise DspError(asked=f"cannot call {target}", found=str(error), remedy=remedy) from error
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy of a module does
-            built = factory(**arguments)
-    except Exception as fake_error:  # whatever the user's code raises under fake tensors
-        print(f"dsp-auto: building {target} for real: under fake tensors {_reason(fake_error)}", file=sys.stderr)
-        try:
-            built = factory(**arguments)
-        except Exception as error:
-            raise DspError(asked=f"{target} fails", found=_reason(error)) from error
-    wanted = "(model, args, kwargs)"
-    if not isinstance(built, tuple) or len(built) != 3:
-        shown = f"{len(built)} values" if isinstance(built, tuple) else f"a {type(built).__name__}"
-        raise DspError(asked=f"{target} must return {wanted}", found=f"it returns {shown}")
-    for value, kind, what in zip(built, (nn.Module, tuple, Mapping), ("a Module", "a tuple", "a dict")):
-        if not isinstance(value, kind):
-            raise DspError(
-                asked=f"{target} must return {wanted}", found=f"it returns a {type(value).__name__} in place of {what}"
-            )
-    return built
 
 
 def _arguments(given: Sequence[str]) -> dict[str, Any]:
@@ -188,10 +215,8 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _reason(error: BaseException) -> str:
-    """Kind and first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _print_error(error: DspError) -> None:
+    print(f"dsp-auto: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -206,8 +231,10 @@ def _parser() -> argparse.ArgumentParser:
 
     entry = commands.add_parser("explain", help="print the plan of a model", description=_EXPLAIN)
     entry.set_defaults(run=explain)
+    _add_mesh(entry)
     _add_planning(entry)
     entry.add_argument("--json", action="store_true", help="the plan as JSON")
+    entry.add_argument("--memory", action="store_true", help="what a device holds too, in total and block by block")
     entry.add_argument(
         "--strategy",
         choices=PRESETS,
@@ -217,13 +244,27 @@ def _parser() -> argparse.ArgumentParser:
 
     entry = commands.add_parser("compare", help="print what each strategy would send and take", description=_COMPARE)
     entry.set_defaults(run=compare)
+    _add_mesh(entry)
     _add_planning(entry)
     entry.add_argument("--json", action="store_true", help="all plans and figures as JSON")
     entry.add_argument("--strategies", nargs="+", choices=PRESETS, help="these alone; all without it")
     entry.add_argument("--layers", type=int, metavar="N", help="the model's layers; its repeated blocks without it")
+    entry.add_argument("--hardware", metavar="PROFILE", default="h100", help=_PREDICTED)
+
+    entry = commands.add_parser("fit", help="print how few GPUs a model fits on under each strategy", description=_FIT)
+    entry.set_defaults(run=fit)
+    entry.add_argument("--gpus", required=True, type=int, metavar="N", help="all there are")
+    _add_planning(entry, capacity_required=True)
+    entry.add_argument("--json", action="store_true", help="all figures as JSON")
+    entry.add_argument("--strategies", nargs="+", choices=PRESETS, help="these alone; all but auto without it")
+    entry.add_argument("--hardware", metavar="PROFILE", default="h100", help=_PREDICTED)
     entry.add_argument(
-        "--hardware", metavar="PROFILE", default="h100", help=f"{_HARDWARE} that the step is predicted for; h100 without it"
+        "--sequence",
+        metavar="NAME",
+        help="an argument of the factory that is a length: the longest that fits too, for each size and strategy; takes a few "
+        "captures and plans for each",
     )
+    entry.add_argument("--step", type=int, default=1, metavar="N", help="what lengths are multiples of (1)")
 
     entry = commands.add_parser("demo", help="run the paper's Transformer-2D on processes of this computer")
     entry.set_defaults(run=demo)
@@ -259,19 +300,49 @@ TARGET names a function that returns (model, args, kwargs)."""
 _COMPARE = """Plan TARGET's model under each strategy, as `explain` does, and predict a step of each. Exit code 2 where none can
 run it. Per block (or, with --layers, per layer) is the mean over them."""
 
+_FIT = """Find for each strategy the smallest number of GPUs that a step of TARGET's model fits on, with data parallelism on the
+rest, by planning it for one size after the other. Exit code 2 where none fits."""
+
 _HARDWARE = "a profile's name or a .json file of `dsp-auto calibrate`,"
+_PREDICTED = f"{_HARDWARE} that the step is predicted for; h100 without it"
 
 _RULES = """Print the rule of OP and where it comes from: written in dsp_auto, registered by a user, or found by running the op
 on the sizes of the example and others."""
 
 
-def _add_planning(parser: argparse.ArgumentParser) -> None:
-    """What `explain` and `compare` share."""
-    parser.add_argument("target", metavar="TARGET", help="package.module:factory or path/to/file.py:factory")
+def _add_mesh(parser: argparse.ArgumentParser) -> None:
+    """What `explain` and `compare` share, and `fit` looks for."""
     parser.add_argument("--mesh", required=True, help='ranks, "8" or "2x4"')
+    parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="replicas that ZeRO shares out over (1)")
+
+
+def _add_planning(parser: argparse.ArgumentParser, capacity_required: bool = False) -> None:
+    """What `explain`, `compare` and `fit` share."""
+    parser.add_argument("target", metavar="TARGET", help="package.module:factory or path/to/file.py:factory")
     _add_arguments(parser, "of the factory")
     parser.add_argument("--objective", default="volume", help='"volume" (wire bytes, the default) or "time"')
-    parser.add_argument("--capacity", help='memory for activations on a device, "80GB"')
+    parser.add_argument(
+        "--capacity",
+        required=capacity_required,
+        help='memory of a device for everything: "80GB", bytes, or "free" for what is free on this computer\'s now',
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        metavar="SHARE",
+        help="of the capacity, kept back for the allocator and libraries; without it 0.05, of a bare number of bytes nothing",
+    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="what it keeps counts as memory (adam)")
+    parser.add_argument("--master-weights", action="store_true", help="it keeps float32 copies of 16-bit parameters")
+    parser.add_argument(
+        "--zero", type=int, choices=range(4), default=0, help="what data-parallel replicas share out, by ZeRO's stages (0)"
+    )
+    parser.add_argument(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="blocks may be recomputed in backward instead of keeping their activations; so it is with a capacity",
+    )
     held = parser.add_mutually_exclusive_group()
     held.add_argument(
         "--shard-parameters",

@@ -1,54 +1,48 @@
 """Fit: how few ranks a model's sequences have to be shared out over, and what would fit where a plan does not.
 
 The rule of the paper's end-to-end runs (section 5.1, appendix A.2.2, Table 4): each strategy gets the smallest
-sequence-parallel size on which a step fits in memory, and data parallelism has the rest of the GPUs. A size is tried by planning
-with the capacity, so that it fits is shown by a plan, and that a smaller one does not by the planner's `InfeasibleError`.
+sequence-parallel size on which a step fits in memory, and data parallelism has the rest of the GPUs. A size is tried by
+planning with the capacity: a plan shows that it fits, an `InfeasibleError` that it does not.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import time
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from inspect import Parameter, signature
 from os import PathLike
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from torch import nn
 
-from .capacity import Capacity
+from .capacity import find_capacity
 from .cost_models.hardware import Hardware
-from .cost_models.state import TrainingState, as_state, of_parameter
-from .errors import CaptureError, DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
+from .cost_models.state import TrainingState, as_state
+from .errors import DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
 from .factory import build
-from .mesh import Mesh, as_mesh
+from .longest import Longest, find_longest
+from .mesh import as_mesh
 from .passes.capture import Program, capture
-from .passes.factors import Factors
-from .passes.presets import PRESETS
+from .passes.factorize import factorize
+from .passes.presets import PRESETS, check_preset
 from .passes.solve import OutOfTimeError, Solution
 from .planner import Options, Prepared, decide, finish, prepare
 from .predict import trace_rank
+from .suggest import batch_of
 from .units import show_bytes, show_seconds
 
 FORMAT = 1
 # `auto` may do what all others do, which takes as long as all of them: it is tried where it is asked for.
 STRATEGIES = tuple(name for name in PRESETS if name != "auto")
 TIME_LIMIT = 20.0  # seconds for a plan
-SUGGEST_SECONDS = 10.0
 # A size is passed over where an even share of what a smaller one needs at least is so much above the capacity.
 MARGIN = 1.1
-# Of plans for one entry of the table of longest sequences.
-PROBES = 24
-# Where the least that any plan needs is so near to the capacity, a plan is asked for to be sure that there is none.
-NEAR = 1.05
-FURTHEST = 64  # times what was tried: how far one guess of a length may go
-# Data-parallel ranks that share out the state in a suggestion, where the user has none: those of a node.
-SHARING = 8
+KEPT = 8  # captured programs, each of another length
 
 
 @dataclass(frozen=True)
@@ -94,27 +88,12 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Longest:
-    """The longest sequence that fits with a strategy on so many ranks.
-
-    value: the largest that was found to fit, None where none was. fails: the least that was found not to; one step above
-    `value`, unless the search ended before. reason: why that one fails.
-    """
-
-    strategy: str
-    sequence_parallel: int
-    value: int | None
-    fails: int | None
-    reason: str
-
-
-@dataclass(frozen=True)
 class Fit:
     """What `fit` found; prints as tables, keeps as JSON.
 
-    capacity_bytes: what a plan may use of a GPU; reserve_bytes: what is kept back. state: what training keeps of each parameter,
-    in words. batch: samples of one replica's step, as the factory makes them. sequence: the argument that `longest` is about.
-    strategies: in the order of `presets.PRESETS`.
+    capacity_bytes: what a plan may use of a GPU; reserve_bytes: what is kept back. state: what training keeps of each
+    parameter, in words. batch: samples of one replica's step, as the model's example has them. strategies: in the order of
+    `presets.PRESETS`. sequence, step: the argument that `longest` is about, and what its values are multiples of.
     """
 
     gpus: int
@@ -126,6 +105,7 @@ class Fit:
     batch: int
     strategies: tuple[Fitted, ...]
     sequence: str | None = None
+    step: int = 1
     longest: tuple[Longest, ...] = ()
 
     def __getitem__(self, strategy: str) -> Fitted:
@@ -178,7 +158,7 @@ class Fit:
             heads += ["predicted\nstep"] + ["gradients over\nreplicas"] * self.training + ["samples/s"]
             align = ["left"] + ["right"] * (len(heads) - 1)
             lines.append(tabulate(rows, headers=heads, disable_numparse=True, colalign=align))
-        notes = [f"{one.strategy} does not fit: {one.reason}" for one in self.strategies if one.smallest is None]
+        notes = [f"{one.strategy} does not fit: {one.reason}" for one in self.strategies if one.reason]
         notes += [
             f"{one.strategy} on {', '.join(map(str, one.undecided))}: the solver found no plan in its time; that there is none "
             "is not shown"
@@ -192,10 +172,10 @@ class Fit:
         return "\n\n".join(lines)
 
     def _rows(self, entry: Fitted) -> Iterator[list[str]]:
-        for number, split in enumerate(dict.fromkeys((entry.smallest, entry.without_recompute))):
+        for split in dict.fromkeys((entry.smallest, entry.without_recompute)):
             if split is None:
                 continue
-            row = [entry.strategy if not number else "  keeping all", split.sequence_parallel, split.data_parallel]
+            row = [entry.strategy, split.sequence_parallel, split.data_parallel]
             row += [show_bytes(split.peak_bytes), split.recomputed, show_bytes(split.wire_bytes)]
             row += [show_seconds(split.step_seconds)] + [show_seconds(split.sync_seconds)] * self.training
             yield [*map(str, row), f"{self.samples_per_second(split):.4g}"]
@@ -203,11 +183,236 @@ class Fit:
     def _longest_table(self) -> str:
         names = list(dict.fromkeys(entry.strategy for entry in self.longest))
         cells: dict[int, dict[str, str]] = {}
+        notes = []
         for entry in self.longest:
             shown = "none" if entry.value is None else str(entry.value)
-            if entry.value is not None and "InfeasibleError" not in entry.reason:
-                shown += " or more" if entry.fails is None else " *"
+            if entry.value is not None and (entry.fails is None or entry.fails - entry.value > self.step):
+                shown += " or more"
             cells.setdefault(entry.sequence_parallel, {})[entry.strategy] = shown
-        rows = [[str(ranks), *(own.get(name, "") for name in names)] for ranks, own in cells.items()]
+            if entry.refused:
+                notes.append(f"{entry.strategy} on {entry.sequence_parallel}: {entry.refused}")
+        rows = [[str(ranks), *(own[name] for name in names)] for ranks, own in cells.items()]
         table = tabulate(rows, headers=["GPUs", *names], disable_numparse=True, colalign=["right"] * (1 + len(names)))
-        return table
+        return "\n\n".join([table] + ["\n".join(notes)] * bool(notes))
+
+
+def _fitted(data: Mapping[str, Any]) -> Fitted:
+    splits = {name: data[name] and Split(**data[name]) for name in ("smallest", "without_recompute")}
+    return Fitted(**{**data, **splits, "undecided": tuple(data["undecided"])})
+
+
+def fit(
+    model: nn.Module | Callable[..., tuple],
+    gpus: int,
+    capacity: int | str,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    strategies: Sequence[str] | None = None,
+    hardware: str | PathLike | Hardware = "h100",
+    reserve: float | None = None,
+    optimizer: str | TrainingState | None = "adam",
+    zero: int | None = None,
+    recompute: bool | None = None,
+    sequence: str | None = None,
+    step: int = 1,
+    time_limit: float = TIME_LIMIT,
+    **options: Any,
+) -> Fit:
+    """For each strategy the smallest number of ranks that a step of `model(*args, **kwargs)` fits on, with data parallelism on
+    the rest of `gpus`. No process group, no GPU and no weights. Under `torch.no_grad()` a step is the forward alone.
+
+    model: a module; or a factory, called as `factory(**arguments)` on fake tensors, that returns (model, args, kwargs).
+    gpus: all there are. Sizes are the powers of two up to them, where they are one themselves; else all their divisors.
+    capacity, reserve, recompute: as `dsp_auto.plan`. A plan that keeps all activations is preferred on the same size.
+    strategies: of `passes.presets`; None: all but "auto". hardware: what predictions are for.
+    optimizer: as `dsp_auto.plan`. zero: the stage of ZeRO over the replicas, 0 to 3; None: that of `optimizer`.
+    sequence: an argument of the factory; for every size and strategy the largest value of it that fits is looked for, in steps
+        of `step`, from the one it has now.
+    time_limit: seconds for each plan. options: as `dsp_auto.plan`, the same for all.
+
+    Raises what is wrong whatever the strategy: CaptureError, LayoutError, StrategyError, MeshError for what is no number of
+    GPUs, and DspError for what is wrong with the factory.
+    """
+    names = list(STRATEGIES if strategies is None else strategies)
+    _check(names, gpus, capacity, step)
+    state = as_state(optimizer)
+    stage = state.zero if zero is None else TrainingState(zero=zero, data_parallel=2).zero
+    rest = {"reserve": reserve, "optimizer": state, "recompute": recompute, "time_limit": time_limit, **options}
+    found = find_capacity(capacity, reserve)  # once: what is free changes
+    chosen = {
+        name: replace(Options.of(capacity, hardware, strategy=name, **rest), capacity=found)
+        for name in PRESETS
+        if name in names
+    }
+    profile = next(iter(chosen.values())).hardware
+    if profile.measured is not None:
+        raise StrategyError(
+            asked=f"fit with the hardware {profile.name!r}",
+            found="it was measured on one mesh, and many are tried",
+            remedy="use a profile that is for any mesh",
+        )
+    now = None if sequence is None else _now(model, dict(arguments or {}), sequence)
+    made = _programs(model, args, kwargs, dict(arguments or {}), sequence)
+    program, search = made(now), _Search(gpus, _sizes(gpus), chosen, replace(state, zero=0, data_parallel=1), stage)
+    return Fit(
+        gpus=gpus,
+        capacity_bytes=found.usable,
+        reserve_bytes=found.bytes - found.usable,
+        hardware=profile.name,
+        state=f"{search.state}, ZeRO-{stage} over the replicas" if stage else str(search.state),
+        training=program.training,
+        batch=batch_of(program, factorize(program)),
+        strategies=tuple(search.smallest(program, name) for name in chosen),
+        sequence=sequence,
+        step=step,
+        longest=()
+        if now is None
+        else find_longest(made, now, step, search.sizes, chosen, lambda name, ranks: search.options(name, ranks, recompute)),
+    )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What sizes are tried with. state: of a parameter without replicas; zero: the stage of ZeRO over them."""
+
+    gpus: int
+    sizes: tuple[int, ...]
+    chosen: Mapping[str, Options]
+    state: TrainingState
+    zero: int
+
+    def options(self, name: str, ranks: int, recompute: bool | None) -> Options:
+        replicas = self.gpus // ranks
+        state = replace(self.state, zero=self.zero if replicas > 1 else 0, data_parallel=replicas)
+        return replace(self.chosen[name], optimizer=state, recompute=recompute)
+
+    def smallest(self, program: Program, name: str) -> Fitted:
+        """The smallest sizes on which a strategy fits, tried from 1 on; on each first without recomputing."""
+        may = (False, None) if program.training and self.chosen[name].recompute is not False else (False,)
+        splits: dict[bool | None, Split] = {}
+        failed: list[tuple[int, DspError]] = []
+        undecided: dict[int, None] = {}
+        passed: list[int] = []
+        least: dict[bool | None, tuple[int, int]] = {}
+
+        def attempt(ranks: int, recompute: bool | None) -> None:
+            try:
+                prepared = prepare(program, as_mesh(ranks), self.options(name, ranks, recompute))
+                splits[recompute] = self._split(prepared, decide(prepared), ranks)
+            except InfeasibleError as error:
+                least[recompute] = (ranks, error.least_bytes)
+                failed.append((ranks, error))
+            except (MeshError, NoShardableFactorError) as error:
+                failed.append((ranks, error))
+            except OutOfTimeError:
+                undecided[ranks] = None
+
+        for ranks, recompute in itertools.product(self.sizes, may):
+            if False in splits or recompute in splits:
+                continue
+            before, needed = least.get(recompute, (1, 0))
+            # On more ranks a device needs its even share at least: one device can do the work of several.
+            if needed * before > MARGIN * self.chosen[name].usable * ranks:
+                passed += [ranks] if recompute == may[-1] else []
+            else:
+                attempt(ranks, recompute)
+        # The reason is that of the largest size that has one in bytes.
+        while passed and not splits and least.get(may[-1], (0, 0))[0] < passed[-1]:
+            attempt(passed.pop(), may[-1])
+        kept = splits.get(False)
+        if splits or not failed:
+            return Fitted(name, splits.get(None) or kept, kept, undecided=tuple(undecided))
+        ranks, nearest = min(failed, key=lambda entry: getattr(entry[1], "least_bytes", None) or math.inf)
+        where = f"on {ranks} GPU{'s' * (ranks > 1)}"
+        return Fitted(name, None, None, type(nearest).__name__, f"{where}, {nearest}", tuple(undecided))
+
+    def _split(self, prepared: Prepared, solution: Solution, ranks: int) -> Split:
+        plan, graph = finish(prepared, solution)
+        hardware, replicas = prepared.options.hardware, self.gpus // ranks
+        return Split(
+            sequence_parallel=ranks,
+            data_parallel=replicas,
+            peak_bytes=plan.memory["peak_bytes"],
+            peak_at=plan.memory["peak_at"],
+            recomputed=sum(entry["by"] == "plan" for entry in plan.recomputed),
+            wire_bytes=plan.communication["forward_bytes"] + plan.communication["backward_bytes"],
+            step_seconds=trace_rank(prepared, solution, graph).on(hardware).seconds,
+            sync_seconds=self._sync_seconds(prepared, solution, hardware, ranks),
+            gap=plan.solver["gap"],
+        )
+
+    def _sync_seconds(self, prepared: Prepared, solution: Solution, hardware: Hardware, ranks: int) -> float:
+        """All-reduce of the gradients that a device holds; with ZeRO-1 and 2 a reduce-scatter, and an all-gather of what the
+        optimizer made of the parameters; with ZeRO-3 one for the forward and one for the backward."""
+        replicas, problem = self.gpus // ranks, prepared.problem(solution.space)
+        if replicas == 1 or not prepared.program.training:
+            return 0.0
+        held = {False: 0, True: 0}
+        for storage in problem.graph.storages.values():
+            if storage.root.id[0] in problem.graph.parameters:
+                nbytes = problem.nbytes(storage.id, problem.made(storage.id, solution.choice))
+                held[storage.root.requires_grad] += nbytes
+        trained, everything, share = held[True], sum(held.values()), (replicas - 1) / replicas
+        if not self.zero:
+            sent = [("all_reduce", 2 * trained)]
+        elif self.zero < 3:
+            sent = [("reduce_scatter", trained), ("all_gather", trained)]
+        else:
+            sent = [("reduce_scatter", trained), *[("all_gather", everything)] * 2]
+        links = hardware.on({"dp": replicas, "sp": ranks})
+        return sum(links.collective_seconds(kind, nbytes * share, [("dp", replicas)]) for kind, nbytes in sent)
+
+def _check(names: Sequence[str], gpus: Any, capacity: Any, step: Any) -> None:
+    if not names:
+        raise StrategyError(asked="fit no strategies", found="an empty list", remedy=f"name some of {', '.join(PRESETS)}")
+    if capacity is None:
+        raise StrategyError(asked="fit", found="there is no capacity to fit in", remedy='give one: capacity="80GB"')
+    for name in names:
+        check_preset(name)
+    for what, value in (("gpus", gpus), ("step", step)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise MeshError(asked=f"{what} {value!r}", found="it is a number", remedy="use 1 or more")
+
+
+def _sizes(gpus: int) -> tuple[int, ...]:
+    """Powers of two where the GPUs are one, else all that divide them."""
+    return tuple(n for n in range(1, gpus + 1) if gpus % n == 0)
+
+
+def _programs(
+    model: nn.Module | Callable[..., tuple],
+    args: tuple,
+    kwargs: Mapping[str, Any] | None,
+    arguments: dict[str, Any],
+    sequence: str | None,
+) -> Callable[[int | None], Program]:
+    """Captures the model, with the sequence of some length where there is one; a few are kept."""
+
+    @lru_cache(maxsize=KEPT)
+    def made(value: int | None) -> Program:
+        if isinstance(model, nn.Module):
+            return capture(model, args, kwargs)
+        given = arguments if value is None else {**arguments, sequence: value}
+        return capture(*build(model, getattr(model, "__name__", repr(model)), given))
+
+    return made
+
+
+def _now(model: Any, arguments: Mapping[str, Any], sequence: str) -> int:
+    """The value that the argument `sequence` of a factory has now."""
+    if isinstance(model, nn.Module):
+        raise DspError(
+            asked=f"the longest {sequence}", found="a module has one length", remedy="give a factory that makes it for others"
+        )
+    taken = signature(model).parameters
+    named = [name for name, entry in taken.items() if entry.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
+    value = arguments.get(sequence, taken[sequence].default if sequence in named else None)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        takes = f"the factory takes {', '.join(named) or 'no arguments'}"
+        found = f"its value is {value!r}" if sequence in {*named, *arguments} else takes
+        raise DspError(
+            asked=f"the longest {sequence}", found=found, remedy="name an argument that is a length, and give it a value"
+        )
+    return value

@@ -82,7 +82,8 @@ class Options:
         """device: for the capacity "free"."""
         found = find_capacity(capacity, reserve, device)
         options = cls(capacity=found, hardware=as_hardware(hardware), optimizer=as_state(optimizer), **rest)
-        if not 0 <= options.may_stay_whole <= 1:
+        share = options.may_stay_whole
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise StrategyError(
                 asked=f"may_stay_whole={options.may_stay_whole!r}",
                 found="it is a share of all bytes that ops make",

@@ -459,6 +459,22 @@ class Problem:
             "step": own.step,
         }[term.what]
 
+    def decided(self, choice: Sequence[int]) -> Problem:
+        """What is left to decide where every stage's strategy is settled: what is recomputed."""
+        stages = []
+        for stage in self.graph.stages:
+            k = choice[stage.index]
+            uses = tuple(replace(use, wanted=(use.wanted[k],)) for use in stage.uses)
+            stages.append(replace(stage, strategies=(stage.strategies[k],), made=(stage.made[k],), uses=uses))
+
+        def seconds(stage: int, _: int, again: bool) -> float:
+            return self._compute_seconds(stage, choice[stage], again)
+
+        graph = replace(self.graph, stages=tuple(stages))
+        return Problem(
+            self.program, graph, self.objective, self.hardware, seconds, self.state, self.regions, self.whole
+        )
+
     def state_bytes(self, choice: Sequence[int]) -> dict[str, int]:
         """What a device holds beside activations: parameters, their gradients once all are there, the optimizer, what it takes
         while it steps, and inputs (buffers and constants too)."""

@@ -1,14 +1,14 @@
 """Solve: the cheapest plan that fits, by the integer program of `model`.
 
-Without a capacity, replicating everything would send nothing. So then Capacity is the least peak that any plan reaches,
-and a slack. Repeated blocks share their variables (`fold`), and the mean over the copies gives a lower bound, which the
+Without a capacity, replicating everything would send nothing. So then Capacity is the peak of the plan that makes the fewest
+bytes, and a slack. Repeated blocks share their variables (`fold`), and the mean over the copies gives a lower bound, which the
 plan carries. A plan that is further from its bound than `GAP` is solved for again without sharing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dsp_auto.errors import InfeasibleError, StrategyError
@@ -72,7 +72,7 @@ def solve(
 ) -> Solution:
     """The cheapest choice whose peak stays within `capacity` bytes.
 
-    capacity: bytes of activations per device; None: the least peak that a plan (with repeated blocks alike) reaches, and 10%.
+    capacity: bytes per device, of what `Problem.whole` says; None: the peak of the plan that makes the fewest bytes, and 10%.
     gap: a folded plan further than this from its bound is solved for again without folding. time_limit: seconds, for all of it.
     unbounded: whether to say too what the least cost were with no bound on memory.
     Raises InfeasibleError where no choice fits, OutOfTimeError where none was found.
@@ -100,7 +100,9 @@ def solve(
         if answer.recomputed:
             answer = _recompute_fewer(problem, model, answer, capacity)
             if _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
-                answer = _solve_split(problem, same, answer, capacity, left())
+                answer = _solve_split(problem, same, answer, capacity, left() / 4)
+            if _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
+                answer = _recompute_apart(problem, model, answer, capacity, left)
     if answer.choice is None:
         if answer.status != "Infeasible":
             raise out_of_time(time_limit)
@@ -279,6 +281,24 @@ def _solve_split(problem: Problem, same: Sequence[int], known: Answer, capacity:
     if answer.recomputed:
         answer = _recompute_fewer(problem, model, answer, capacity)
     return answer if _cost(problem, answer) < _cost(problem, known) else known
+
+
+def _recompute_apart(
+    problem: Problem, model: Model, known: Answer, capacity: int, left: Callable[[], float]
+) -> Answer:
+    """Each copy of a block decides for itself what it recomputes and keeps, where the sharding is settled: as it is known, or as
+    it would be if memory were no matter, or without recomputing."""
+    frugal = int(_frugal_peak(problem, model, left()) * (1 + SLACK))
+    cheap = [model.solve({}, capacity, time_limit=left() / 8), _solve(problem, model, frugal, left() / 8)[0]]
+    best = known
+    for choice in dict.fromkeys(answer.choice for answer in (known, *cheap) if answer.choice is not None):
+        try:
+            found = solve(problem.decided(choice), capacity, use_folding=False, time_limit=left() / 4)
+        except (InfeasibleError, OutOfTimeError):
+            continue
+        answer = replace(known, choice=choice, recomputed=found.recomputed)
+        best = min(best, answer, key=lambda own: _cost(problem, own))
+    return best
 
 
 def _infeasible(problem: Problem, model: Model, capacity: int, time_limit: float) -> InfeasibleError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsp_auto import Comparison, Plan, calibrate, cli, demo, verify
+from dsp_auto import Comparison, Fit, Plan, calibrate, cli, demo, verify
 from dsp_auto.passes.presets import PRESETS
 from dsp_auto.passes.rules import registered, registered_by_user
 
@@ -86,7 +86,48 @@ def test_options_reach_the_planner(capsys):
         capsys, *argv, "--objective", "time", "--hardware", "a100", "--capacity", "1GB", "--strategy", "dsp"
     )
     plan = json.loads(out)
-    assert (plan["objective"], plan["strategy"], plan["memory"]["capacity_bytes"]) == ("time", "dsp", 10**9)
+    assert (plan["objective"], plan["strategy"]) == ("time", "dsp")
+    # Of a device's size 5% are kept back.
+    assert (plan["memory"]["capacity_bytes"], plan["memory"]["reserve_bytes"]) == (950_000_000, 50_000_000)
+    _, out, _ = _run(capsys, *argv, "--capacity", "1GB", "--reserve", "0.25", "--optimizer", "sgd-momentum", "--zero", "2",
+                     "--data-parallel", "8", "--master-weights")  # fmt: skip
+    memory = json.loads(out)["memory"]
+    assert (memory["capacity_bytes"], memory["reserve_bytes"]) == (750_000_000, 250_000_000)
+    assert memory["optimizer"] == "sgd-momentum, float32 copies of 16-bit parameters, ZeRO-2 over 8 ranks"
+
+
+def test_a_capacity_may_be_what_is_free_here(capsys):
+    _, out, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "2", "--json", *SMALL, "--capacity", "free")
+    assert json.loads(out)["memory"]["capacity_bytes"] > 10**7
+
+
+def test_blocks_are_recomputed_unless_they_may_not_be(capsys):
+    argv = ("explain", EXAMPLE, "--mesh", "2", "--json", *SMALL, "frames=16", "tokens=32")
+    _, out, _ = _run(capsys, *argv)
+    capacity = str(json.loads(out)["memory"]["peak_bytes"] * 3 // 4)
+    for allowed in ((), ("--recompute",)):
+        assert json.loads(_run(capsys, *argv, "--capacity", capacity, *allowed)[1])["recomputed"]
+    code, out, err = _run(capsys, *argv, "--capacity", capacity, "--no-recompute")
+    assert (code, out) == (2, "") and "no plan fits" in err
+
+
+def test_memory_is_printed_after_the_plan_where_it_is_asked_for(capsys):
+    argv = ("explain", EXAMPLE, "--mesh", "2", *SMALL)
+    _, alone, _ = _run(capsys, *argv)
+    code, out, _ = _run(capsys, *argv, "--memory")
+    assert code == 0 and "a device holds" not in alone
+    added = out.partition("\n\na device holds")[2]
+    assert "all, at the peak" in added and "blocks.0" in added and " peak" in added
+    assert json.loads(_run(capsys, *argv, "--memory", "--json")[1])["memory"]["curve"]
+
+
+def test_where_no_plan_fits_what_would_stands_below_the_error(capsys):
+    argv = ("explain", EXAMPLE, "--mesh", "2", *SMALL, "frames=16", "tokens=32", "--no-recompute", "--capacity", "200KB")
+    code, out, err = _run(capsys, *argv)
+    first, *rest = err.splitlines()
+    assert (code, out) == (2, "") and first.startswith("dsp-auto: ") and "no plan fits" in first
+    assert rest and all(line.startswith("    ") and "the least is" in line for line in rest)
+    assert rest[0].startswith("    recomputing blocks") and any("ranks" in line for line in rest)
 
 
 @pytest.mark.parametrize("strategy", PRESETS)
@@ -130,6 +171,38 @@ def test_compare_ends_with_exit_code_2_and_the_reasons_where_nothing_can_run(cap
     assert (code, err) == (2, "") and out.count("cannot run") == out.count("no plan fits") == 2
 
 
+FIT = ("fit", EXAMPLE, "--gpus", "2", *SMALL, "--strategies", "dsp", "ring")
+
+
+def test_fit_prints_a_table_and_ends_with_exit_code_0_where_something_fits(capsys):
+    argv = (*FIT, "--zero", "1", "--hardware", "a100", "--capacity", "80GB", "--sequence", "frames", "--step", "100000000")
+    code, out, _ = _run(capsys, *argv)
+    assert code == 0 and out.startswith("2 GPUs (a100) of ") and "ZeRO-1 over the replicas" in out
+    assert "longest frames that fits" in out and "samples/s" in out and "ulysses" not in out
+
+
+def test_fit_ends_with_exit_code_2_and_the_reasons_where_nothing_fits(capsys):
+    code, out, err = _run(capsys, *FIT, "--capacity", "1KB")
+    assert (code, err) == (2, "") and out.count("does not fit") == out.count("no plan fits") == 2
+
+
+def test_fit_prints_json_that_fit_accepts(capsys):
+    code, out, _ = _run(capsys, *FIT, "--capacity", "80GB", "--json", "--no-recompute", "--inference")
+    assert code == 0 and Fit.from_json(out).to_dict() == json.loads(out) and not json.loads(out)["training"]
+
+
+def test_fit_in_inference_is_of_the_model_in_eval(capsys, factories):
+    with factories.open("a") as file:
+        file.write(
+            "class Mode(nn.Module):\n"
+            "    def forward(self, rows): return rows.softmax(0).softmax(1).repeat(9 if self.training else 1, 1)\n"
+            "def mode(): return Mode(), (torch.ones(6, 8),), {}\n"
+        )
+    argv = ("fit", f"{factories}:mode", "--gpus", "1", "--capacity", "1MB", "--strategies", "dsp", "--json")
+    found = [Fit.from_json(_run(capsys, *argv, *more)[1])["dsp"].smallest for more in ((), ("--inference",))]
+    assert found[1].peak_bytes < found[0].peak_bytes
+
+
 def test_calibrate_starts_as_many_processes_as_the_mesh_has(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(calibrate, "spawn", lambda *args: calls.append(args))
@@ -168,7 +241,13 @@ def test_a_factory_that_needs_values_is_built_for_real_and_that_is_said(capsys, 
         (("explain", EXAMPLE, "--mesh", "2", "--objective", "beauty"), "beauty"),
         (("explain", EXAMPLE, "--mesh", "2", "--hardware", "abacus"), "abacus"),
         (("explain", EXAMPLE, "--mesh", "2", "--capacity", "lots"), "lots"),
-        (("explain", EXAMPLE, "--mesh", "2", "--capacity", "1KB"), "no plan fits"),
+        (("explain", EXAMPLE, "--mesh", "2", "--capacity", "1GB", "--reserve", "1.5"), "reserve 1.5"),
+        (("explain", EXAMPLE, "--mesh", "2", "--capacity", "1GB", "--reserve", "some"), "some"),
+        (("explain", EXAMPLE, "--mesh", "2", "--optimizer", "magic"), "magic"),
+        (("explain", EXAMPLE, "--mesh", "2", "--zero", "4"), "--zero"),
+        (("explain", EXAMPLE, "--mesh", "2", "--zero", "2"), "data_parallel is 1"),
+        (("explain", EXAMPLE, "--mesh", "2", "--data-parallel", "0"), "data_parallel=0"),
+        (("explain", EXAMPLE, "--mesh", "2", "--recompute"), "there is no capacity"),
         (("explain", EXAMPLE, "--mesh", "4099"), "at most 256 ranks"),
         (("explain", EXAMPLE, "--mesh", "2", "--shard-parameters", "--whole-parameters"), "not allowed with"),
         (("explain", EXAMPLE, "--mesh", "2", "--hardware", "no_such.json"), "no_such.json"),
@@ -178,6 +257,18 @@ def test_a_factory_that_needs_values_is_built_for_real_and_that_is_said(capsys, 
         (("compare", EXAMPLE, "--mesh", "2", "--layers", "0"), "layers 0"),
         (("compare", EXAMPLE, "--mesh", "2", "--layers", "few"), "few"),
         (("compare", EXAMPLE, "--mesh", "2", "--hardware", "abacus"), "abacus"),
+        (("fit",), "TARGET"),
+        (("fit", EXAMPLE, "--capacity", "1GB"), "--gpus"),
+        (("fit", EXAMPLE, "--gpus", "8"), "--capacity"),
+        (("fit", EXAMPLE, "--gpus", "0", "--capacity", "1GB"), "gpus 0"),
+        (("fit", EXAMPLE, "--gpus", "few", "--capacity", "1GB"), "few"),
+        (("fit", EXAMPLE, "--gpus", "8", "--capacity", "lots"), "lots"),
+        (("fit", EXAMPLE, "--gpus", "8", "--capacity", "1GB", "--strategies", "magic"), "magic"),
+        (("fit", EXAMPLE, "--gpus", "8", "--capacity", "1GB", "--mesh", "2"), "--mesh"),
+        (("fit", EXAMPLE, "--gpus", "8", "--capacity", "1GB", "--hardware", "abacus"), "abacus"),
+        (("fit", EXAMPLE, "--gpus", "8", "--capacity", "1GB", "--sequence", "length"), "the factory takes layers"),
+        (("fit", EXAMPLE, "--gpus", "8", "--capacity", "1GB", "--sequence", "frames", "--step", "0"), "step 0"),
+        (("fit", EXAMPLE, "--gpus", "8", "--capacity", "1GB", "-a", "depth=3"), "depth"),
         (("calibrate", "--mesh", "2y", "--out", "x.json"), "2y"),
         (("calibrate", "--mesh", "2"), "--out"),
         (("calibrate", "--mesh", "2", "--launch", "--out", "profile.txt"), "profile.txt"),

@@ -145,7 +145,7 @@ def test_the_same_where_blocks_may_be_recomputed_and_everything_on_a_device_coun
         recomputed = [solve(problem, int(peaks[0] * more), use_folding=False).recomputed for more in (1, 1.1, 1.3)]
         chosen += any(recomputed)
         may_keep += sum(map(len, problem.keeps.values()))
-    assert chosen > 2 and may_keep > 5
+    assert chosen > 1 and may_keep > 5
 
 
 def test_contracting_views_never_costs_and_a_view_with_one_use_changes_nothing():
