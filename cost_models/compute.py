@@ -147,8 +147,8 @@ def _leaf(x: Tensor, training: bool) -> Tensor:
 
 
 def _describe(leaf: Any) -> Any:
-    if type(leaf) in (list, tuple):
-        return (type(leaf), *map(_describe, leaf))
+    if isinstance(leaf, (list, tuple)):
+        return (isinstance(leaf, list), *map(_describe, leaf))
     if isinstance(leaf, Tensor):
         return (Tensor, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
     return (type(leaf), leaf)

@@ -74,7 +74,9 @@ class OpCall:
             if isinstance(argument, torch.Tensor):
                 operands.append(argument)
                 return Operand(len(operands) - 1, tuple(argument.shape), argument.dtype, argument.stride())
-            return type(argument)(map(marked, argument)) if type(argument) in (list, tuple) else argument
+            if isinstance(argument, (list, tuple)):  # or what fx has for them
+                return (list if isinstance(argument, list) else tuple)(map(marked, argument))
+            return argument
 
         args, kwargs = tuple(map(marked, args)), {name: marked(value) for name, value in kwargs.items()}
         same_dtype = not operands or not results or operands[0].dtype == results[0].dtype
