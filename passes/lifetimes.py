@@ -390,7 +390,9 @@ class _Lifetimes:
         now, before, after = [], [], []
         for reach in buffer.reaches:
             if reach.stage == stage and running and operand is not None and reach.use.stage == stage:
-                (now if reach.use.operand <= operand else after).append(reach)
+                # A view copies what is resharded once it is.
+                is_there = reach.use.operand < operand + (buffer.flavor != VIEW)
+                (now if is_there else after).append(reach)
             elif reach.stage == stage and running and not reach.early:
                 now.append(reach)
             elif reach.stage <= stage:
@@ -588,7 +590,10 @@ class _Lifetimes:
         for use in fresh:
             self._put_gradient(use.storage, index, now=[u for u in fresh if u.storage == use.storage])
         taken = self.footprints[index].backward_extra if stage.kind == OP else 0
-        extra = (Extra(index, taken, back=True),) if taken or self._communicates(stage) else ()
+        extra: list[Term] = [Extra(index, taken, back=True)] if taken or self._communicates(stage) else []
+        if stage.kind == OUTPUT:  # the gradient of what a view copied is copied too
+            copied = [use for use in uses if self.buffers[self.buffer_of[index, use.operand]].flavor == VIEW]
+            extra += [Alive(use.storage, VIEW, now=(self._direct(use),)) for use in copied]
         yield self._point(stage, BACKWARD, None, extra)
         for use in fresh:
             if self._is_parameter(use.storage):
