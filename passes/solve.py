@@ -89,7 +89,9 @@ def solve(
     model = Model(problem, same)
     if capacity is None:
         capacity = int(_frugal_peak(problem, model, left()) * (1 + SLACK))
-    answer, points = _solve(problem, model, capacity, left())
+    is_open = any(len(stage.strategies) > 1 for stage in problem.graph.stages)
+    may_recompute = is_open and any(not region.forced for region in problem.regions)
+    answer, points = _solve(problem, model, capacity, left() / 2 if may_recompute else left())
     bound = _cost(problem, answer) if answer.optimal else _relaxed(model, points, capacity, left())
     if same != apart:
         bound = _lower_bound(problem, same, answer, capacity, left())
@@ -101,8 +103,8 @@ def solve(
             answer = _recompute_fewer(problem, model, answer, capacity)
             if _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
                 answer = _solve_split(problem, same, answer, capacity, left() / 4)
-            if _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
-                answer = _recompute_apart(problem, model, answer, capacity, left)
+    if may_recompute and answer.status != "Infeasible" and _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
+        answer = _recompute_apart(problem, model, answer, capacity, left)
     if answer.choice is None:
         if answer.status != "Infeasible":
             raise out_of_time(time_limit)
@@ -286,8 +288,8 @@ def _solve_split(problem: Problem, same: Sequence[int], known: Answer, capacity:
 def _recompute_apart(
     problem: Problem, model: Model, known: Answer, capacity: int, left: Callable[[], float]
 ) -> Answer:
-    """Each copy of a block decides for itself what it recomputes and keeps, where the sharding is settled: as it is known, or as
-    it would be if memory were no matter, or without recomputing."""
+    """Each copy of a block decides for itself what it recomputes and keeps, where the sharding is settled: as it is known, as
+    it would be if memory were no matter, or as without recomputing."""
     frugal = int(_frugal_peak(problem, model, left()) * (1 + SLACK))
     cheap = [model.solve({}, capacity, time_limit=left() / 8), _solve(problem, model, frugal, left() / 8)[0]]
     best = known
@@ -297,7 +299,8 @@ def _recompute_apart(
         except (InfeasibleError, OutOfTimeError):
             continue
         answer = replace(known, choice=choice, recomputed=found.recomputed)
-        best = min(best, answer, key=lambda own: _cost(problem, own))
+        if best.choice is None or _cost(problem, answer) < _cost(problem, best):
+            best = answer
     return best
 
 
