@@ -91,7 +91,9 @@ def solve(
         capacity = int(_frugal_peak(problem, model, left()) * (1 + SLACK))
     is_open = any(len(stage.strategies) > 1 for stage in problem.graph.stages)
     may_recompute = is_open and any(not region.forced for region in problem.regions)
-    answer, points = _solve(problem, model, capacity, left() / 2 if may_recompute else left())
+    # Where blocks do not share their variables, all of it at once may take long: first one after the other.
+    first = _recompute_apart(problem, model, None, capacity, left) if may_recompute and same == apart else None
+    answer, points = _solve(problem, model, capacity, left() / 2 if may_recompute and first is None else left())
     bound = _cost(problem, answer) if answer.optimal else _relaxed(model, points, capacity, left())
     if same != apart:
         bound = _lower_bound(problem, same, answer, capacity, left())
@@ -103,8 +105,10 @@ def solve(
             answer = _recompute_fewer(problem, model, answer, capacity)
             if _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
                 answer = _solve_split(problem, same, answer, capacity, left() / 4)
-    if may_recompute and answer.status != "Infeasible" and _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
-        answer = _recompute_apart(problem, model, answer, capacity, left)
+        if may_recompute and answer.status != "Infeasible" and _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
+            answer = _recompute_apart(problem, model, answer, capacity, left) or answer
+    if first is not None and (answer.choice is None or _cost(problem, first) < _cost(problem, answer)):
+        answer = replace(first, status=answer.status)
     if answer.choice is None:
         if answer.status != "Infeasible":
             raise out_of_time(time_limit)
@@ -286,20 +290,21 @@ def _solve_split(problem: Problem, same: Sequence[int], known: Answer, capacity:
 
 
 def _recompute_apart(
-    problem: Problem, model: Model, known: Answer, capacity: int, left: Callable[[], float]
-) -> Answer:
+    problem: Problem, model: Model, known: Answer | None, capacity: int, left: Callable[[], float]
+) -> Answer | None:
     """Each copy of a block decides for itself what it recomputes and keeps, where the sharding is settled: as it is known, as
-    it would be if memory were no matter, or as without recomputing."""
-    frugal = int(_frugal_peak(problem, model, left()) * (1 + SLACK))
-    cheap = [model.solve({}, capacity, time_limit=left() / 8), _solve(problem, model, frugal, left() / 8)[0]]
+    it would be if memory were no matter, or as without recomputing. None where nothing fits."""
+    frugal = int(_frugal_peak(problem, model, left() / 4) * (1 + SLACK))
+    cheap = [model.solve({}, capacity, time_limit=left() / 4), _solve(problem, model, frugal, left() / 4)[0]]
     best = known
-    for choice in dict.fromkeys(answer.choice for answer in (known, *cheap) if answer.choice is not None):
+    answers = [answer for answer in (known, *cheap) if answer is not None and answer.choice is not None]
+    for choice, own in {answer.choice: answer for answer in answers}.items():
         try:
             found = solve(problem.decided(choice), capacity, use_folding=False, time_limit=left() / 4)
         except (InfeasibleError, OutOfTimeError):
             continue
-        answer = replace(known, choice=choice, recomputed=found.recomputed)
-        if best.choice is None or _cost(problem, answer) < _cost(problem, best):
+        answer = replace(known or own, choice=choice, recomputed=found.recomputed, optimal=False)
+        if best is None or best.choice is None or _cost(problem, answer) < _cost(problem, best):
             best = answer
     return best
 
