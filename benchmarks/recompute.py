@@ -14,7 +14,7 @@ step ("volume") or seconds on H100s ("time"), recomputation included.
 A second table is of the solver alone: 36 layers of the paper's 3B Transformer-2D on 64 devices, with a capacity that binds:
 a share of what the plan without a capacity takes. Wire bytes with the default time limit, seconds with that of the option.
 
-    python benchmarks/recompute.py [--only SUBSTRING ...] [--time-limit 6] [--out benchmarks/results/recompute.json]
+    python benchmarks/recompute.py [--only SUBSTRING ...] [--time-limit 10] [--out benchmarks/results/recompute.json]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from dsp_auto.examples.transformer_2d import Block, build
 from dsp_auto.mesh import as_mesh
 from dsp_auto.passes.capture import Program, capture
 from dsp_auto.passes.problem import Problem
-from dsp_auto.passes.solve import TOLERANCE, Solution, solve
+from dsp_auto.passes.solve import TOLERANCE, OutOfTimeError, Solution, solve
 from dsp_auto.planner import Options, Prepared, decide, prepare
 
 DEVICES = "8"
@@ -100,19 +100,14 @@ def captured(make: Any) -> Program:
     return capture(model, args, kwargs)
 
 
-def cheapest_blocks(left: Problem, capacity: int, time_limit: float) -> Solution | None:
-    """The cheapest set of blocks to recompute that fits, None where none does."""
+def found_by(look: Callable[[], Solution]) -> Solution | str:
+    """What it finds, or why nothing."""
     try:
-        return solve(left, capacity, gap=BARS["gap"], time_limit=time_limit)
+        return look()
     except InfeasibleError:
-        return None
-
-
-def together(prepared: Prepared) -> Solution | None:
-    try:
-        return decide(prepared)
-    except InfeasibleError:
-        return None
+        return "does not fit"
+    except OutOfTimeError:
+        return "none in time"
 
 
 def blocks(solution: Solution) -> int:
@@ -120,12 +115,12 @@ def blocks(solution: Solution) -> int:
     return sum(isinstance(item, int) for item in solution.recomputed)
 
 
-def described(solution: Solution | None, started: float) -> dict[str, Any]:
+def described(solution: Solution | str, started: float) -> dict[str, Any]:
     seconds = time.perf_counter() - started
-    if solution is None:
-        return {"fits": False, "seconds": seconds}
+    if isinstance(solution, str):
+        return {"found": False, "why": solution, "seconds": seconds}
     costs = {"cost": solution.objective, "gap": solution.gap, "blocks": blocks(solution)}
-    return {"fits": True, **costs, "peak_bytes": solution.peak_bytes, "seconds": seconds}
+    return {"found": True, **costs, "peak_bytes": solution.peak_bytes, "seconds": seconds}
 
 
 def compare(
@@ -145,10 +140,12 @@ def compare(
     for share in shares:
         capacity = int(least + share * (most - least))
         started = time.perf_counter()
-        found = [own for own in (cheapest_blocks(each, capacity, time_limit) for each in left) if own is not None]
-        first = described(min(found, key=lambda own: own.objective, default=None), started)
+        looks = [partial(solve, own, capacity, gap=BARS["gap"], time_limit=time_limit) for own in left]
+        found = [found_by(look) for look in looks]
+        plans = [own for own in found if isinstance(own, Solution)]
+        first = described(min(plans, key=lambda own: own.objective) if plans else found[0], started)
         started = time.perf_counter()
-        joint = described(together(asked(capacity=capacity)), started)
+        joint = described(found_by(partial(decide, asked(capacity=capacity))), started)
         row = {"model": name, "strategy": strategy, "objective": objective, "share": share, "capacity_bytes": capacity}
         rows.append(row | {"of_blocks": len(left[0].regions), "first": first, "joint": joint})
         print(rows[-1], file=sys.stderr)
@@ -173,7 +170,7 @@ def speed(program: Program, objective: str, **options: Any) -> list[dict[str, An
     for share in BINDING:
         capacity = int(share * peak)
         started = time.perf_counter()
-        found = described(decide(prepare(program, mesh, Options.of(capacity, **options))), started)
+        found = described(found_by(partial(decide, prepare(program, mesh, Options.of(capacity, **options)))), started)
         rows.append({"objective": objective, "share": share, "capacity_bytes": capacity, **found})
         print(rows[-1], file=sys.stderr)
     return rows
@@ -183,23 +180,23 @@ def shown(row: Mapping[str, Any]) -> list[str]:
     first, joint = row["first"], row["joint"]
 
     def cost(own: Mapping[str, Any]) -> str:
-        if not own["fits"]:
-            return "does not fit"
+        if not own["found"]:
+            return own["why"]
         return f"{own['cost'] / 2**20:,.1f} MiB" if row["objective"] == "volume" else f"{own['cost'] * 1e3:,.2f} ms"
 
-    counts = [f"{own['blocks']} of {row['of_blocks']}" if own["fits"] else "" for own in (first, joint)]
-    ratio = f"{joint['cost'] / first['cost']:.4f}" if first["fits"] and joint["fits"] else ""
+    counts = [f"{own['blocks']} of {row['of_blocks']}" if own["found"] else "" for own in (first, joint)]
+    ratio = f"{joint['cost'] / first['cost']:.4f}" if first["found"] and joint["found"] else ""
     head = [row["model"], row["strategy"], row["objective"], f"{row['capacity_bytes'] / 2**30:.2f} ({row['share']:+.0%})"]
     return [*head, cost(first), counts[0], cost(joint), counts[1], ratio, f"{joint['seconds']:.1f}"]
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """In how many rows the joint plan is worse, equal, cheaper, and the only one that fits."""
-    found = dict.fromkeys(("worse", "equal", "cheaper", "fits alone", "neither fits"), 0)
+    found = dict.fromkeys(("worse", "equal", "cheaper", "found alone", "neither found"), 0)
     for first, joint in ((row["first"], row["joint"]) for row in rows):
-        if not first["fits"]:
-            found["fits alone" if joint["fits"] else "neither fits"] += 1
-        elif not joint["fits"] or joint["cost"] > first["cost"] * (1 + TOLERANCE):
+        if not first["found"]:
+            found["found alone" if joint["found"] else "neither found"] += 1
+        elif not joint["found"] or joint["cost"] > first["cost"] * (1 + TOLERANCE):
             found["worse"] += 1
         else:
             found["cheaper" if joint["cost"] < first["cost"] * (1 - TOLERANCE) else "equal"] += 1
@@ -209,7 +206,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="SUBSTRING", help="models, and 'solver'")
-    parser.add_argument("--time-limit", type=float, default=6.0, help="seconds of each solve")
+    parser.add_argument("--time-limit", type=float, default=10.0, help="seconds of each solve")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recompute.json"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -560,7 +560,7 @@ class _Simulated(threading.local):
 _simulated = _Simulated()
 # A simulated collective is an op too, so that modes which keep results (selective checkpoints) see it as they see a real one.
 _library.define("simulated(Tensor x) -> Tensor")
-_library.impl("simulated", lambda x: _simulated.calls[-1](), "CPU")
+_library.impl("simulated", lambda x: _simulated.calls[-1](), "CompositeExplicitAutograd")
 
 
 _before_first: list[Callable[[], None]] = []
