@@ -101,7 +101,7 @@ def solve(
             # What takes the folded problem long takes the whole one too long.
             limit = min(left(), max(APART_SECONDS, 3 * (time.perf_counter() - started)))
             answer, bound = _solve_apart(problem, apart, answer, bound, points, capacity, limit)
-        if answer.recomputed:
+        if answer.choice is not None and answer.recomputed:
             answer = _recompute_fewer(problem, model, answer, capacity)
             if _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
                 answer = _solve_split(problem, same, answer, capacity, left() / 4)
@@ -166,7 +166,7 @@ def _solve(
             return answer, points
         if time.perf_counter() > deadline:
             # What was found last does not fit: then there is none.
-            return (answer if capacity is None else replace(answer, status="Not Solved", choice=None)), points
+            return (answer if capacity is None else replace(answer, status="Not Solved", choice=None, recomputed=frozenset())), points
         new = [n for n in exceeded if n not in points]
         if new and not few:
             points |= set(new[:NEW_POINTS])
