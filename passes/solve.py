@@ -166,7 +166,8 @@ def _solve(
             return answer, points
         if time.perf_counter() > deadline:
             # What was found last does not fit: then there is none.
-            return (answer if capacity is None else replace(answer, status="Not Solved", choice=None, recomputed=frozenset())), points
+            none = replace(answer, status="Not Solved", choice=None, recomputed=frozenset())
+            return (answer if capacity is None else none), points
         new = [n for n in exceeded if n not in points]
         if new and not few:
             points |= set(new[:NEW_POINTS])
