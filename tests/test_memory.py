@@ -176,9 +176,9 @@ def least(of: Program, mesh: str) -> InfeasibleError:
 def test_with_less_capacity_communication_never_falls_until_nothing_fits(model, sizes, mesh):
     of = program(model, sizes, TRAINING, layers=2)
     needed = least(of, mesh).least_bytes
-    # Twice what the plan without a capacity takes, in six steps to the least that any takes, and that.
+    # Twice what the plan without a capacity takes, in five steps to the least that any takes, and that.
     start = 2 * run(of, mesh).plan.memory["peak_bytes"]
-    steps = [int(needed * (start / needed) ** (1 - n / 6)) for n in range(6)] + [needed]
+    steps = [int(needed * (start / needed) ** (1 - n / 5)) for n in range(5)] + [needed]
     costs, recomputed = [], []
     for capacity in steps:
         found = run(of, mesh, capacity=capacity)
@@ -192,7 +192,7 @@ def test_with_less_capacity_communication_never_falls_until_nothing_fits(model, 
     assert recomputed[0] == 0 < recomputed[-1], recomputed
 
 
-@pytest.mark.parametrize("model, mesh", [("axial", "2"), ("evoformer", "1"), ("latte", "1")])
+@pytest.mark.parametrize("model, mesh", [("axial", "1"), ("evoformer", "1"), ("latte", "1")])
 def test_what_no_plan_fits_in_is_answered_with_what_would(model, mesh):
     of = program(model, "uneven", TRAINING)
     error = least(of, mesh)
@@ -215,8 +215,7 @@ def peak(**options: Any) -> int:
     return dsp_auto.plan(model, "2", args, optimizer="none", **options).memory["peak_bytes"]
 
 
-@pytest.mark.parametrize("mesh", ["2", "3"])
-@pytest.mark.parametrize("share", [0.85, 0.7])
+@pytest.mark.parametrize("mesh, share", [("2", 0.85), ("3", 0.7)])
 def test_what_recomputes_some_blocks_equals_one_device_and_sends_what_was_planned(mesh, share):
     model, args, _ = small()
     free = dsp_auto.plan(model, mesh, args, optimizer="none").memory["peak_bytes"]
