@@ -87,12 +87,10 @@ MODELS = {
 RUNS = [
     ("even", TRAINING, "1"),
     ("even", TRAINING, "8"),
-    ("uneven", TRAINING, "2"),
     ("uneven", TRAINING, "8"),
     ("uneven", CHECKPOINTED, "1"),
     ("even", CHECKPOINTED, "2"),
     ("uneven", CHECKPOINTED, "8"),
-    ("even", INFERENCE, "2"),
     ("uneven", INFERENCE, "8"),
 ]
 

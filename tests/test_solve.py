@@ -226,7 +226,7 @@ def test_cbc_finds_the_same_cost_where_highs_is_missing(monkeypatch):
     problem = problem_of(layered(2), "2")
     by_highs = solve(problem)
     monkeypatch.setattr(model_file.pulp.HiGHS, "available", lambda self: False)
-    by_cbc = solve(problem)
+    by_cbc = solve(problem, by_highs.capacity_bytes)  # plans that make equally few bytes may have other peaks
     assert (by_highs.solver, by_cbc.solver) == ("HiGHS", "CBC")
     assert by_cbc.objective == pytest.approx(by_highs.objective)
 

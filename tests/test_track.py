@@ -142,7 +142,7 @@ def test_a_checkpoint_keeps_what_it_takes_and_makes_the_rest_again():
     def write(call, x):
         y = call(aten.neg.default, x)
         part = y.graph.get_attr("body")
-        return call(aten.neg.default, call(operator.getitem, call(recompute, part, y), 0))
+        return call(aten.neg.default, call(operator.getitem, call(recompute, part, False, y), 0))
 
     module = program(write, (N,), root=root)
     found = track_module(module, [True])
