@@ -639,6 +639,18 @@ class Model:
             self._pulp[key] = (variables, constraints)
         return self._pulp[key]
 
+    def _known(self, answer: Answer) -> dict[str, float]:
+        """The integer variables of a plan. Where copies decide apart in it and alike here, all do as the first one does, and
+        all recompute where one does."""
+        found = {name: 0.0 for name in self.binaries}
+        for shared, names in self.x.items():
+            if len(names) > 1:
+                found[names[answer.choice[shared]]] = 1.0
+        for item, name in (*self.rho.items(), *self.kappa.items()):
+            if item in answer.recomputed and name in found:
+                found[name] = 1.0
+        return found
+
     def made_bytes(self) -> Expression:
         """Bytes of all results, and of the copies that uses need in other layouts; two small ones count less than one large."""
         total: Expression = {}
@@ -667,9 +679,10 @@ class Model:
         instead: Expression | None = None,
         integer: bool = True,
         time_limit: float | None = None,
+        start: Answer | None = None,
     ) -> Answer:
         """Minimize the objective under `capacity` at every point of `rows`; without one, the largest of `rows`. instead:
-        minimize this, whatever is alive."""
+        minimize this, whatever is alive. start: a plan to look for better ones than."""
         variables, constraints = self._constraints(integer)
         program = pulp.LpProblem("eq9", pulp.LpMinimize)
         if instead is not None:
@@ -695,7 +708,8 @@ class Model:
                 terms.append((peak, -1.0))
             rhs = (0.0 if capacity is None else capacity / scale) - expression.get(CONSTANT, 0.0) / scale
             program.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintLE, rhs=rhs))
-        solver, label = make_solver(time_limit, integer)
+        known = self._known(start) if start is not None and integer else {}
+        solver, label = make_solver(time_limit, integer, {variables[name]: value for name, value in known.items()})
         program.solve(solver)
         found = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
         choice, recomputed = None, frozenset()
@@ -707,8 +721,9 @@ class Model:
             choice = tuple(picked[self.same[stage.index]] for stage in self.graph.stages)
             items = itertools.chain(self.rho.items(), self.kappa.items())
             recomputed = frozenset(item for item, name in items if (variables[name].value() or 0.0) > 0.5)
+        feasible = program.sol_status == pulp.LpSolutionIntegerFeasible  # which PuLP calls optimal too
         return Answer(
-            pulp.LpStatus[program.status],
+            "Feasible" if feasible else pulp.LpStatus[program.status],
             program.sol_status == pulp.LpSolutionOptimal,
             pulp.value(program.objective) * unit if found else None,
             choice,
@@ -719,10 +734,25 @@ class Model:
         )
 
 
-def make_solver(time_limit: float | None, integer: bool = True) -> tuple[pulp.LpSolver, str]:
-    """HiGHS where its wheel is there, PuLP's bundled CBC elsewhere."""
-    highs = pulp.HiGHS(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1, **_PRECISE)
-    if highs.available():
+class _HiGHS(pulp.HiGHS):
+    """HiGHS that begins at a known solution, which PuLP hands only to solvers that run as commands."""
+
+    start: Mapping[pulp.LpVariable, float] = {}
+
+    def callSolver(self, lp: pulp.LpProblem) -> None:
+        if self.start:
+            indices = numpy.array([variable.index for variable in self.start], dtype=numpy.int32)
+            lp.solverModel.setSolution(len(indices), indices, numpy.array(list(self.start.values()), dtype=float))
+        super().callSolver(lp)
+
+
+def make_solver(
+    time_limit: float | None, integer: bool = True, start: Mapping[pulp.LpVariable, float] | None = None
+) -> tuple[pulp.LpSolver, str]:
+    """HiGHS where its wheel is there, PuLP's bundled CBC elsewhere. start: values of integer variables to begin at (HiGHS)."""
+    if pulp.HiGHS().available():
+        highs = _HiGHS(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1, **_PRECISE)
+        highs.start = start or {}
         return highs, "HiGHS"
     return pulp.PULP_CBC_CMD(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1), "CBC"
 

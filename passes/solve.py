@@ -92,23 +92,22 @@ def solve(
     is_open = any(len(stage.strategies) > 1 for stage in problem.graph.stages)
     may_recompute = is_open and any(not region.forced for region in problem.regions)
     # Where blocks do not share their variables, all of it at once may take long: first one after the other.
-    first = _recompute_apart(problem, model, None, capacity, left) if may_recompute and same == apart else None
-    answer, points = _solve(problem, model, capacity, left() / 2 if may_recompute and first is None else left())
-    bound = _cost(problem, answer) if answer.optimal else _relaxed(model, points, capacity, left())
-    if same != apart:
-        bound = _lower_bound(problem, same, answer, capacity, left())
+    known = _shard_then_recompute(problem, model, None, capacity, left) if may_recompute and same == apart else None
+    answer, points = _solve(problem, model, capacity, left() / 4 if may_recompute and same != apart else left(), start=known)
+    if same == apart:
+        bound = _cost(problem, answer) if answer.optimal else _relaxed(model, points, capacity, left())
+        answer = _better(problem, answer, known)
+    else:
+        means = Model(problem, same, average=True)
+        if answer.status == "Infeasible" and _never_fits(means, points, capacity, left()):
+            raise _infeasible(problem, model, capacity, left())
+        bound = _lower_bound(problem, means, answer, points, capacity, left())
+        if may_recompute and answer.status != "Infeasible":
+            answer = _improve(problem, model, answer, bound, capacity, left)
         if answer.choice is None or _distance(_cost(problem, answer), bound) > gap:
             # What takes the folded problem long takes the whole one too long.
             limit = min(left(), max(APART_SECONDS, 3 * (time.perf_counter() - started)))
             answer, bound = _solve_apart(problem, apart, answer, bound, points, capacity, limit)
-        if answer.choice is not None and answer.recomputed:
-            answer = _recompute_fewer(problem, model, answer, capacity)
-            if _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
-                answer = _solve_split(problem, same, answer, capacity, left() / 4)
-        if may_recompute and answer.status != "Infeasible" and _distance(_cost(problem, answer), bound) > RECOMPUTE_GAP:
-            answer = _recompute_apart(problem, model, answer, capacity, left) or answer
-    if first is not None and (answer.choice is None or _cost(problem, first) < _cost(problem, answer)):
-        answer = replace(first, status=answer.status)
     if answer.choice is None:
         if answer.status != "Infeasible":
             raise out_of_time(time_limit)
@@ -142,10 +141,15 @@ def _distance(objective: float | None, bound: float | None) -> float:
 
 
 def _solve(
-    problem: Problem, model: Model, capacity: int | None, time_limit: float, points: set[int] | None = None
+    problem: Problem,
+    model: Model,
+    capacity: int | None,
+    time_limit: float,
+    points: set[int] | None = None,
+    start: Answer | None = None,
 ) -> tuple[Answer, set[int]]:
     """The cheapest choice within `capacity`, or without one the choice of the least peak; and the program points that it
-    took to find it. A point is looked at once a choice exceeds it."""
+    took to find it. A point is looked at once a choice exceeds it. start: a choice to look for better ones than."""
     few = len(problem.points) <= FEW_POINTS
     if few:
         rows = model.points()
@@ -156,7 +160,7 @@ def _solve(
     held = capacity
     while True:
         left = max(deadline - time.perf_counter(), min(time_limit, 0.1))
-        answer = model.solve(rows if few else model.points(points), held, time_limit=left)
+        answer = model.solve(rows if few else model.points(points), held, time_limit=left, start=start)
         if answer.choice is None:
             return answer, points
         totals = problem.totals(answer.choice, answer.recomputed)
@@ -218,31 +222,56 @@ def _relaxed(model: Model, points: set[int], capacity: int, time_limit: float) -
 
 
 def _lower_bound(
-    problem: Problem, same: Sequence[int], answer: Answer, capacity: int, time_limit: float
+    problem: Problem, means: Model, answer: Answer, points: set[int], capacity: int, time_limit: float
 ) -> float | None:
     """No plan costs less: the relaxation over the means of repeated blocks, at the points nearest to the capacity."""
-    if answer.choice is None:
-        return None
-    means = Model(problem, same, average=True)
-    totals = problem.totals(answer.choice, answer.recomputed)
-    highest = max(range(len(totals)), key=totals.__getitem__)
-    # Where the forward ends everything is kept, by all copies of every block.
-    end = problem.ends_forward
-    relaxed = means.solve(means.points({highest, end}), capacity, integer=False, time_limit=time_limit)
-    return relaxed.value
+    if answer.choice is not None:
+        totals = problem.totals(answer.choice, answer.recomputed)
+        # Where the forward ends everything is kept, by all copies of every block.
+        points = {max(range(len(totals)), key=totals.__getitem__), problem.ends_forward}
+    return means.solve(means.points(points), capacity, integer=False, time_limit=time_limit).value
+
+
+def _never_fits(means: Model, points: set[int], capacity: int, time_limit: float) -> bool:
+    """Whether not even the means of repeated blocks fit, at points that no plan in which copies choose alike keeps to."""
+    return means.solve(means.points(points), capacity, integer=False, time_limit=time_limit).status == "Infeasible"
+
+
+def _better(problem: Problem, answer: Answer, other: Answer | None) -> Answer:
+    """The cheaper one of two, with the first one's status."""
+    if other is None or other.choice is None:
+        return answer
+    if answer.choice is not None and _cost(problem, answer) <= _cost(problem, other):
+        return answer
+    return replace(answer, choice=other.choice, recomputed=other.recomputed)
 
 
 def _solve_apart(
     problem: Problem, apart: Sequence[int], folded: Answer, bound, points: set[int], capacity: int, time_limit: float
 ) -> tuple[Answer, float | None]:
     """The problem without folding, as far as the time goes."""
-    answer, _ = _solve(problem, Model(problem, apart), capacity, time_limit, points)
+    known = folded if folded.choice is not None else None
+    answer, _ = _solve(problem, Model(problem, apart), capacity, time_limit, points, known)
     if answer.choice is None:
         return folded, bound
-    known = problem.cost(answer.choice, answer.recomputed) if answer.optimal else bound
-    if folded.choice is not None and _cost(problem, folded) <= _cost(problem, answer):
-        answer = replace(folded, variables=answer.variables, constraints=answer.constraints)
-    return answer, known
+    better = problem.cost(answer.choice, answer.recomputed) if answer.optimal else bound
+    return _better(problem, answer, known), better
+
+
+def _improve(
+    problem: Problem, model: Model, answer: Answer, bound: float | None, capacity: int, left: Callable[[], float]
+) -> Answer:
+    """A plan in which copies decide alike, as long as it is away from the bound: with fewer copies recomputed, these sharded
+    otherwise than the others, or each deciding for itself what it recomputes."""
+
+    def is_close() -> bool:
+        return _distance(_cost(problem, answer), bound) <= RECOMPUTE_GAP
+
+    if answer.recomputed and not is_close():
+        answer = _recompute_fewer(problem, model, answer, capacity)
+        if not is_close():
+            answer = _solve_split(problem, model.same, answer, capacity, left() / 4)
+    return answer if is_close() else _shard_then_recompute(problem, model, answer, capacity, left)
 
 
 def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: int) -> Answer:
@@ -290,23 +319,22 @@ def _solve_split(problem: Problem, same: Sequence[int], known: Answer, capacity:
     return answer if _cost(problem, answer) < _cost(problem, known) else known
 
 
-def _recompute_apart(
+def _shard_then_recompute(
     problem: Problem, model: Model, known: Answer | None, capacity: int, left: Callable[[], float]
 ) -> Answer | None:
-    """Each copy of a block decides for itself what it recomputes and keeps, where the sharding is settled: as it is known, as
-    it would be if memory were no matter, or as without recomputing. None where nothing fits."""
+    """Each copy of a block decides for itself what it recomputes and keeps, where the sharding is settled: as it would be if
+    memory were no matter, as without recomputing, or as it is known. None where nothing fits."""
     frugal = int(_frugal_peak(problem, model, left() / 4) * (1 + SLACK))
     cheap = [model.solve({}, capacity, time_limit=left() / 4), _solve(problem, model, frugal, left() / 4)[0]]
     best = known
-    answers = [answer for answer in (known, *cheap) if answer is not None and answer.choice is not None]
+    answers = [answer for answer in (*cheap, known) if answer is not None and answer.choice is not None]
     for choice, own in {answer.choice: answer for answer in answers}.items():
         try:
-            found = solve(problem.decided(choice), capacity, use_folding=False, time_limit=left() / 4)
+            found = solve(problem.decided(choice), capacity, use_folding=False, time_limit=left() / 2)
         except (InfeasibleError, OutOfTimeError):
             continue
-        answer = replace(known or own, choice=choice, recomputed=found.recomputed, optimal=False)
-        if best is None or best.choice is None or _cost(problem, answer) < _cost(problem, best):
-            best = answer
+        answer = replace(own, choice=choice, recomputed=found.recomputed)
+        best = answer if best is None else _better(problem, best, answer)
     return best
 
 
