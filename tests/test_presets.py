@@ -27,6 +27,8 @@ SYSTEMS = [name for name in PRESETS if name != "auto"]
 EVEN = {"frames": 8, "tokens": 16, "hidden": 64, "heads": 4}
 UNEVEN = {"frames": 7, "tokens": 11, "hidden": 40, "heads": 5, "batch": 2}
 M = 8 * 16 * 64 * 4  # bytes of a sequence tensor of EVEN
+# For tests of what any plan must be: "auto" over two mesh dims looks for the best one as long as it may.
+ANY_PLAN = {"time_limit": 5.0}
 
 
 class Separate(nn.Module):
@@ -73,7 +75,7 @@ def test_outputs_gradients_and_bytes_are_those_of_one_device(strategy, mesh, siz
     model, args, kwargs = build(**size)
     args[0].requires_grad_()
     try:
-        found = rehearse(model, mesh, args, kwargs, strategy=strategy)
+        found = rehearse(model, mesh, args, kwargs, strategy=strategy, **ANY_PLAN)
     except (MeshError, NoShardableFactorError) as error:
         assert strategy == "ulysses" and "heads" in str(error)  # 6 ranks, 5 heads
         return
@@ -85,7 +87,7 @@ def test_outputs_gradients_and_bytes_are_those_of_one_device(strategy, mesh, siz
 def test_a_mesh_dim_longer_than_the_shortest_sequence_is_split(mesh):
     model, args, kwargs = build(frames=4, tokens=30, hidden=32, heads=4)
     for strategy in ("dsp", "auto"):
-        found = rehearse(model, mesh, args, kwargs, strategy=strategy, shard_parameters=False)
+        found = rehearse(model, mesh, args, kwargs, strategy=strategy, shard_parameters=False, **ANY_PLAN)
         assert agrees(found)
     assert found.plan.split or mesh == "2x6"
 
@@ -94,7 +96,8 @@ def test_a_mesh_dim_longer_than_the_shortest_sequence_is_split(mesh):
 @pytest.mark.parametrize("shape", [(7, 4, 6, 8), (5, 4, 3, 6, 8)], ids=["3-D", "4-D"])
 def test_sequences_of_three_and_four_dims_run_on_meshes_of_one_and_two(shape, mesh):
     for strategy in ("dsp", "auto"):
-        found = rehearse(EveryDim(len(shape) - 1), mesh, (torch.randn(shape),), strategy=strategy, shard_parameters=False)
+        given = {"strategy": strategy, "shard_parameters": False, **ANY_PLAN}
+        found = rehearse(EveryDim(len(shape) - 1), mesh, (torch.randn(shape),), **given)
         assert agrees(found)
         assert "gather" not in {entry.primitive for stage in found.plan.stages[:-1] for entry in stage.enter}
 
