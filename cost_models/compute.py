@@ -110,9 +110,11 @@ class Call:
         return isinstance(other, Call) and self.key == other.key
 
     def with_leaves(self, training: bool) -> tuple[tuple, dict[str, Any], list[Tensor]]:
-        """The arguments with new tensors like the operands, and these."""
+        """The arguments with new tensors like the operands, and these: on `meta` if the op does the same on every device, which
+        is several times as fast as fake ones."""
+        leaf = _meta_leaf if is_anywhere(self.target) else _leaf
         leaves, spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
-        leaves = [_leaf(x, training) if isinstance(x, Tensor) else x for x in leaves]
+        leaves = [leaf(x, training) if isinstance(x, Tensor) else x for x in leaves]
         return *pytree.tree_unflatten(leaves, spec), [x for x in leaves if isinstance(x, Tensor)]
 
 
@@ -144,6 +146,16 @@ def _launches(call: Call, training: bool) -> tuple[tuple[Launch, ...], ...]:
 def _leaf(x: Tensor, training: bool) -> Tensor:
     """A tensor like an operand, that a gradient comes to where the operand requires one."""
     return x.detach().requires_grad_(training and x.requires_grad)
+
+
+def _meta_leaf(x: Tensor, training: bool) -> Tensor:
+    made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return made.requires_grad_(training and x.requires_grad)
+
+
+def is_anywhere(target: Any) -> bool:
+    """Whether an op runs, and saves, the same ops below autograd on every device."""
+    return target in _ANYWHERE or (getattr(target, "namespace", "") == "aten" and torch.Tag.pointwise in target.tags)
 
 
 def _describe(leaf: Any) -> Any:
@@ -185,6 +197,14 @@ _FLOPS = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
         g.shape, q.shape, k.shape, v.shape
     ),
+}
+# Beside those that work on each element. Not so attention, convolutions, recurrences, dropouts, and norms, whose statistics
+# have a dtype that depends on the device.
+_ANYWHERE = {
+    *(aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default),
+    *(aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.cat.default),
+    *(aten.stack.default, aten.slice.Tensor, aten.select.int, aten.clone.default, aten.contiguous.default),
+    *(aten.softmax.int, aten.sum.dim_IntList, aten.mean.dim),
 }
 # Collectives are counted by their bytes; prim asks about tensors.
 _SILENT = ("_c10d_functional", "c10d", "prim", "profiler")

@@ -57,29 +57,25 @@ class Ledger:
 
     def _count(self) -> tuple[numpy.ndarray, numpy.ndarray]:
         state: dict[int, bool] = {}
-        moves: list[tuple[list[tuple[int, int]], list[int]]] = []
+        changes: list[tuple[int, int, int]] = []  # point, term, how many more
+        momentary: list[tuple[int, int, int]] = []
         held: dict[Slot, int] = {}
-        for point in self.problem.points:
-            changes, here = [], []
+        for row, point in enumerate(self.problem.points):
             for slot, term in point.changes:
                 if slot in held:
-                    changes.append((held.pop(slot), -1))
+                    changes.append((row, held.pop(slot), -1))
                 if term is not None:
-                    held[slot] = self._number(term)
-                    changes.append((held[slot], 1))
-                    state[held[slot]] = is_state(slot)
+                    number = held[slot] = self._number(term)
+                    changes.append((row, number, 1))
+                    state[number] = is_state(slot)
             for term in point.momentary:
-                here.append(self._number(term))
-                state[here[-1]] = is_state(None, term)
-            moves.append((changes, here))
-        now = numpy.zeros(len(self.terms))
-        counts = numpy.zeros((len(moves), len(self.terms)))
-        for row, (changes, here) in zip(counts, moves):
-            for number, count in changes:
-                now[number] += count
-            row[:] = now
-            for number in here:
-                row[number] += 1
+                number = self._number(term)
+                momentary.append((row, number, 1))
+                state[number] = is_state(None, term)
+        counts = numpy.zeros((len(self.problem.points), len(self.terms)))
+        _add_at(counts, changes)
+        numpy.cumsum(counts, axis=0, out=counts)
+        _add_at(counts, momentary)
         return counts, numpy.array([state[n] for n in range(len(self.terms))], dtype=bool)
 
     def _number(self, term: Term) -> int:
@@ -156,3 +152,10 @@ class Ledger:
                 for stage in region.stages:
                     first.setdefault(self.same[stage], own)
         return found
+
+
+def _add_at(counts: numpy.ndarray, entries: Sequence[tuple[int, int, int]]) -> None:
+    """Adds to `counts` what (row, column, number) say."""
+    if entries:
+        rows, columns, numbers = numpy.array(entries).T
+        numpy.add.at(counts, (rows, columns), numbers)

@@ -443,6 +443,8 @@ class Problem:
         """The strategies in which an op that saves an operand really does, None: in all; a rule that communicates may save
         something else instead."""
         stage = self.graph.stages[use.stage]
+        if stage.op is None or stage.op.rule is None or not stage.op.rule.communicates:
+            return None
         written = [self.written_out(use.stage, k) for k in range(len(stage.strategies))]
         if not any(written):
             return None

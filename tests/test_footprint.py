@@ -11,6 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from dsp_auto.cost_models import compute, memory
+from dsp_auto.cost_models.compute import is_anywhere, op_launches
 from dsp_auto.cost_models.memory import LiveStorages, op_footprint, primitive_buffers
 from dsp_auto.shards import nested_sizes, shard_sizes
 from dsp_auto.track import BACKWARD, FORWARD, track_module
@@ -250,3 +252,65 @@ def test_a_hierarchical_switch_never_takes_more_than_its_buffers(case):
             "hierarchical_switch", part, part, ranks=ranks, leads=False, even=even, partial_grad=False
         )
         assert found == predicted if even else all(own <= bound for own, bound in zip(found, predicted)), (outer, inner)
+
+
+ANYWHERE = [
+    (aten.linear.default, (2, 5, 6), (7, 6), (7,)),
+    (aten.linear.default, (5, 6), (7, 6)),
+    (aten.matmul.default, (2, 5, 6), (2, 6, 7)),
+    (aten.matmul.default, (2, 3, 5, 6), (6, 7)),
+    (aten.mm.default, (5, 6), (6, 7)),
+    (aten.bmm.default, (2, 5, 6), (2, 6, 7)),
+    (aten.addmm.default, (7,), (5, 6), (6, 7)),
+    (aten.unbind.int, (3, 5, 6)),
+    (aten.split.Tensor, (6, 5), 2),
+    (aten.split_with_sizes.default, (6, 5), [1, 5]),
+    (aten.chunk.default, (6, 5), 4),
+    (aten.cat.default, [(6, 5), (6, 4)], 1),
+    (aten.stack.default, [(6, 5), (6, 5)], 1),
+    (aten.slice.Tensor, (9, 5), 0, 2, 4),
+    (aten.select.int, (9, 5), 0, 2),
+    (aten.clone.default, (9, 5)),
+    (aten.contiguous.default, (9, 5)),
+    (aten.softmax.int, (9, 5), 1),
+    (aten.sum.dim_IntList, (50, 6), [0]),
+    (aten.mean.dim, (50, 6), [0]),
+    (aten.add.Tensor, (5, 6), (6,)),
+    (aten.mul.Tensor, (5, 1), (5, 6)),
+    (aten.gelu.default, (5, 6)),
+    (aten.silu.default, (5, 6)),
+    (aten.sigmoid.default, (5, 6)),
+    (aten.where.self, (5, 6), (5, 6), (6,)),
+    (aten.pow.Tensor_Scalar, (5, 6), 3),
+    (aten.clamp.default, (5, 6), 0.0, 1.0),
+    (aten.lerp.Scalar, (5, 6), (5, 6), 0.5),
+    (aten.addcmul.default, (5, 6), (5, 6), (5, 6)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", ANYWHERE, ids=lambda call: str(call[0]))
+def test_ops_that_are_looked_at_on_meta_are_the_same_on_a_device(call, dtype, monkeypatch):
+    def made(x):
+        if isinstance(x, list) and isinstance(x[0], tuple):
+            return [made(own) for own in x]
+        return torch.empty(x, dtype=dtype).requires_grad_() if isinstance(x, tuple) else x
+
+    target, *args = call
+    assert is_anywhere(target)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        args = [made(x) for x in args]
+        if target is aten.where.self:
+            args[0] = torch.empty(5, 6, dtype=torch.bool)
+    found = []
+    for anywhere in (True, False):
+        monkeypatch.setattr(compute, "is_anywhere", lambda target, anywhere=anywhere: anywhere)
+        for function in (memory._footprint, compute._launches):
+            function.cache_clear()
+        for training in (True, False):
+            found.append((op_footprint(target, tuple(args), {}, training), op_launches(target, tuple(args), {}, training)))
+    assert found[:2] == found[2:]
+
+
+def test_every_op_that_is_looked_at_on_meta_has_been_compared():
+    assert compute._ANYWHERE <= {call[0] for call in ANYWHERE}
