@@ -72,12 +72,14 @@ def track(program: Program, graph: fx.Graph, optimizer: Optimizer | None = None)
         its state, which is there from the beginning as after a first step.
     """
     entries = program.inputs
+    names = {entry.name: n for n, entry in enumerate(entries) if entry.kind in ("parameter", "buffer")}
     changed = {(entry.kind, entry.name): n for n, entry in enumerate(entries)}
     return track_module(
         local_module(graph, program.module),
         requires_grad_flags(program),
         changed=[changed[key] for key in program.mutated],
-        parameters=[n for n, entry in enumerate(entries) if entry.kind == "parameter"],
+        parameters=[n for n, entry in enumerate(entries) if entry.kind == "parameter" and entry.same_as is None],
+        same_as={n: names[entry.same_as] for n, entry in enumerate(entries) if entry.same_as is not None},
         optimizer=optimizer,
     )
 
@@ -88,16 +90,20 @@ def track_module(
     *,
     changed: Sequence[int] = (),
     parameters: Sequence[int] = (),
+    same_as: Mapping[int, int] | None = None,
     optimizer: Optimizer | None = None,
 ) -> Tracked:
     """`track`, of a module whose placeholders carry what they take in `meta["val"]`.
 
     requires_grad: which placeholders do. changed: those that the model changes: the program runs on copies of them, and what
     is to be written back are its first results. parameters: those that the optimizer steps.
+    same_as: placeholders that take the same tensor as another one.
     """
     given = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = [fake_input(value, wanted) for value, wanted in zip(given, requires_grad, strict=True)]
+        for n, other in (same_as or {}).items():
+            inputs[n] = inputs[other]
         memory = _Memory()
         step = _Step(module, inputs, changed, memory, mode)
         stepped = optimizer([inputs[n] for n in parameters if inputs[n].requires_grad]) if optimizer else None

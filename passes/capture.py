@@ -14,7 +14,7 @@ import os
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,11 +37,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One placeholder: a `parameter` or `buffer` (`name` is its state_dict path), a `constant`, or a user `input`."""
+    """One placeholder: a `parameter` or `buffer` (`name` is its state_dict path), a `constant`, or a user `input`.
+
+    same_as: of a parameter or buffer that the model has under several names, the one whose placeholder counts, if not its own.
+    """
 
     kind: str
     name: str
     value: Any = None  # the tensor of a constant
+    same_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
     module = exported.graph_module
     write_out_shapes(module.graph)
     drop_empty_parts(module.graph)
-    inputs = _inputs(exported)
+    inputs = _with_same(_inputs(exported), fake, module.graph)
     mutated = _mutated(exported)
     drop_assertions(module.graph)
     training, saved, leaves = propagate(module, grads)
@@ -266,6 +270,26 @@ def _inputs(exported: torch.export.ExportedProgram) -> tuple[GraphInput, ...]:
     return tuple(found)
 
 
+def _with_same(inputs: tuple[GraphInput, ...], model: nn.Module, graph: fx.Graph) -> tuple[GraphInput, ...]:
+    held, chosen = _held(model), {}
+    tensors = [id(held[entry.name]) if entry.kind in ("parameter", "buffer") else None for entry in inputs]
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    # Export takes all uses from one of the names, not always the first.
+    for is_used in (True, False):
+        for entry, tensor, node in zip(inputs, tensors, nodes, strict=True):
+            if tensor is not None and bool(node.users) == is_used:
+                chosen.setdefault(tensor, entry.name)
+    others = [chosen[tensor] if tensor is not None else entry.name for entry, tensor in zip(inputs, tensors)]
+    return tuple(
+        replace(entry, same_as=other) if other != entry.name else entry for entry, other in zip(inputs, others)
+    )
+
+
+def _held(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers, under all of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
 def _mutated(exported: torch.export.ExportedProgram) -> tuple[tuple[str, str], ...]:
     found = []
     for spec in exported.graph_signature.output_specs:
@@ -288,7 +312,7 @@ def _grad_flags(model: nn.Module, inputs, args, kwargs, exported) -> list[bool]:
     """Whether each placeholder of the graph requires grad, which buffers and constants may do as well."""
     if not torch.is_grad_enabled():
         return [False] * len(inputs)
-    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    held = _held(model)
     leaves = iter(pytree.tree_leaves((args, ordered_kwargs(kwargs, exported.call_spec.in_spec))))
     flags = []
     for entry in inputs:

@@ -432,7 +432,7 @@ class _Lifetimes:
             storage = self.graph.storages[buffer.storage]
             if buffer.flavor == MADE and storage.kind != "activation":
                 self._put(self._slot("kept", key), Alive(key, MADE, made=True))
-            elif key == storage.id and self._is_parameter(key):
+            elif key == storage.id and self._is_parameter(key) and key[0] not in self.graph.same_as:
                 self._put((STATE, "held", key), Held(key, "state"))
         stages = [stage for stage in self.graph.stages if stage.kind in (OP, OUTPUT)]
         last = stages[-1].index
@@ -557,7 +557,8 @@ class _Lifetimes:
             self._put(("internal", stage.index), None)
             if stage.index in self._first_of:
                 self.open = None
-        yield self._point(stages[0], STEP, None, [Held(s, "step") for s in self.graph.storages if self._is_parameter(s)])
+        parameters = [s for s in self.graph.storages if self._is_parameter(s) and s[0] not in self.graph.same_as]
+        yield self._point(stages[0], STEP, None, [Held(storage, "step") for storage in parameters])
 
     def _open(self, region: Region, stages: Mapping[int, Stage]) -> Iterator[Point]:
         """Backward comes to a region: all that it saves is made again, if it is not there."""
@@ -587,10 +588,17 @@ class _Lifetimes:
         else:
             fresh = uses
         uses = [use for use in uses if stage.kind == OUTPUT or flows[use.operand] is not None]
+        # A parameter that has been used later too gets a second gradient, until it is added to the first.
+        again = [
+            Held(use.storage, "gradient")
+            for use in fresh
+            if self._is_parameter(use.storage) and self._gradient_slot(use.storage) in self.current
+        ]
         for use in fresh:
             self._put_gradient(use.storage, index, now=[u for u in fresh if u.storage == use.storage])
         taken = self.footprints[index].backward_extra if stage.kind == OP else 0
         extra: list[Term] = [Extra(index, taken, back=True)] if taken or self._communicates(stage) else []
+        extra += again
         if stage.kind == OUTPUT:  # the gradient of what a view copied is copied too
             copied = [use for use in uses if self.buffers[self.buffer_of[index, use.operand]].flavor == VIEW]
             extra += [Alive(use.storage, VIEW, now=(self._direct(use),)) for use in copied]
@@ -655,9 +663,13 @@ class _Lifetimes:
     def _is_parameter(self, storage: ValueId) -> bool:
         return self.graph.storages[storage].root.id[0] in self.graph.parameters
 
+    def _gradient_slot(self, storage: ValueId) -> Slot:
+        """One for all storages of a parameter."""
+        return self._slot("gradient", (self.graph.same_as.get(storage[0], storage[0]), storage[1]))
+
     def _put_gradient(self, storage: ValueId, stage: int, now: Sequence[Use] = (), made: bool = False) -> None:
         """The gradient of a storage, while a stage's backward runs or after it."""
-        slot = self._slot("gradient", storage)
+        slot = self._gradient_slot(storage)
         if self._is_parameter(storage):
             self._put(slot, Held(storage, "gradient"))
             return

@@ -482,6 +482,8 @@ class Problem:
         while it steps, and inputs (buffers and constants too)."""
         found = dict.fromkeys(("parameter_bytes", "gradient_bytes", "optimizer_bytes", "step_bytes", "input_bytes"), 0)
         for storage in self.graph.storages.values():
+            if storage.id[0] in self.graph.same_as:
+                continue
             if storage.root.id[0] in self.graph.parameters:
                 own = self.of_parameter(storage.id, self.made(storage.id, choice))
                 found["parameter_bytes"] += own.parameters

@@ -261,17 +261,19 @@ def _solve_apart(
 def _improve(
     problem: Problem, model: Model, answer: Answer, bound: float | None, capacity: int, left: Callable[[], float]
 ) -> Answer:
-    """A plan in which copies decide alike, as long as it is away from the bound: with fewer copies recomputed, these sharded
-    otherwise than the others, or each deciding for itself what it recomputes."""
+    """A plan in which copies decide alike, as long as it is away from the bound: with fewer copies recomputed, each deciding
+    for itself what it recomputes, or those that are recomputed sharded otherwise than the others."""
 
     def is_close() -> bool:
         return _distance(_cost(problem, answer), bound) <= RECOMPUTE_GAP
 
     if answer.recomputed and not is_close():
         answer = _recompute_fewer(problem, model, answer, capacity)
-        if not is_close():
-            answer = _solve_split(problem, model.same, answer, capacity, left() / 4)
-    return answer if is_close() else _shard_then_recompute(problem, model, answer, capacity, left)
+    if not is_close():
+        answer = _shard_then_recompute(problem, model, answer, capacity, left) or answer
+    if answer.recomputed and not is_close():
+        answer = _solve_split(problem, model.same, answer, capacity, left() / 2)
+    return answer
 
 
 def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: int) -> Answer:

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from dsp_auto.mesh import Mesh
@@ -88,6 +88,7 @@ class StageGraph:
     views: Mapping[ValueId, tuple[ValueId, tuple[int, ...]]]
     training: bool
     parameters: frozenset[str] = frozenset()  # names of their nodes
+    same_as: Mapping[str, str] = field(default_factory=dict)  # of these, the node of the same parameter that counts
 
     @cached_property
     def uses(self) -> Mapping[ValueId, tuple[Use, ...]]:
@@ -244,7 +245,9 @@ def make_stages(
     strategy = Strategy(nothing, uncut, tuple(use.wanted[0] for use in outputs), ())
     stages.append(Stage(index, OUTPUT, "output", None, (strategy,), (), ((),), tuple(outputs)))
     parameters = frozenset(node.name for node, entry in sources if entry is not None and entry.kind == "parameter")
-    return StageGraph(mesh, factors, tuple(stages), storages, views, program.training, parameters)
+    nodes = {entry.name: node.name for node, entry in sources if entry is not None}
+    same_as = {node.name: nodes[entry.same_as] for node, entry in sources if entry is not None and entry.same_as}
+    return StageGraph(mesh, factors, tuple(stages), storages, views, program.training, parameters, same_as)
 
 
 def _most_sharded(strategies: Sequence[Strategy]) -> tuple[Strategy, ...]:

@@ -166,7 +166,7 @@ def _parameters(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
     found: dict[str, Any] = {"bytes": 0, "device_bytes": 0, "in_parts": {}}
     for storage in graph.storages.values():
         stage = graph.stages[storage.maker]
-        if storage.root.id[0] not in graph.parameters:
+        if storage.root.id[0] not in graph.parameters or storage.id[0] in graph.same_as:
             continue
         layout = problem.made(storage.id, choice)
         found["bytes"] += storage.root.nbytes

@@ -326,3 +326,26 @@ def test_an_input_that_arrives_in_parts_is_counted_as_its_part():
     model, args, _ = small()
     memory = dsp_auto.plan(model, "2", args, in_layouts={"video": {"sp": 1}}).memory
     assert memory["input_bytes"] == args[0].nbytes * 4 // 7  # 4 of 7 frames on the first rank
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the head's weight too."""
+
+    def __init__(self, words=512, hidden=64):
+        super().__init__()
+        self.words, self.inner, self.head = nn.Embedding(words, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, words)
+        self.head.weight = self.words.weight
+
+    def forward(self, x):  # [B, T, S]
+        return self.head(self.inner(self.words(x)).softmax(1).softmax(2)).mean(-1)
+
+
+@pytest.mark.parametrize("mesh", ["1", "2"])
+def test_a_parameter_that_stands_in_two_places_is_there_once(mesh):
+    model = Tied()
+    of = capture(model, (torch.zeros(1, 8, 16, dtype=torch.long),))
+    check(run(of, mesh), True)
+    nbytes = sum(p.nbytes for p in model.parameters())
+    plan = run(of, mesh, "adam").plan
+    assert [plan.memory["parameter_bytes"], plan.memory["gradient_bytes"], plan.parameters["bytes"]] == [nbytes] * 3
+    assert 2 * nbytes <= plan.memory["optimizer_bytes"] < 2.01 * nbytes
