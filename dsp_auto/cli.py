@@ -20,13 +20,15 @@ from torch import nn
 
 from .compare import compare as compare_strategies
 from .cost_models.state import OPTIMIZERS, TrainingState
+from .decision import check_same
 from .errors import DspError, InfeasibleError
 from .factory import build, reason
 from .fit import fit as fit_strategies
 from .mesh import as_mesh
 from .passes.capture import capture
 from .passes.presets import PRESETS
-from .planner import Options, decide, finish, prepare
+from .plan import Plan
+from .planner import Options, decide, finish, prepare, prepare_given
 from .show_memory import show_memory
 from .suggest import what_would_fit
 
@@ -45,16 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr), _call(options) as (args, given):  # stdout is for the plan alone
         model, mesh, *call = args
+        made = options.plan and Plan.load(options.plan)
         chosen, mesh = Options.of(strategy=options.strategy, **given), as_mesh(mesh)
         program = capture(model, *call)
         try:
-            prepared = prepare(program, mesh, chosen)
-            found = finish(prepared, decide(prepared))[0]
+            if made is not None:
+                prepared, solution = prepare_given(program, mesh, made)
+            else:
+                prepared = prepare(program, mesh, chosen)
+                solution = decide(prepared)
+            found = finish(prepared, solution)[0]
         except InfeasibleError as error:
             _print_error(error)
             for line in what_would_fit(program, mesh, chosen):
                 print(f"    {line}", file=sys.stderr)
             return 2
+        if made is not None:
+            check_same(made, found)
+        if options.out:
+            found.save(options.out)
     if options.json:
         print(found.to_json(indent=2))
     else:
@@ -234,6 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_mesh(entry)
     _add_planning(entry)
     entry.add_argument("--json", action="store_true", help="the plan as JSON")
+    entry.add_argument("--out", metavar="FILE", help="write the plan there, as JSON, for `parallelize(plan=FILE)`")
+    entry.add_argument("--plan", metavar="FILE", help="a plan that --out wrote, with its own options: whether it is one of TARGET")
     entry.add_argument("--memory", action="store_true", help="what a device holds too, in total and block by block")
     entry.add_argument(
         "--strategy",

@@ -51,6 +51,10 @@ class AgreementError(DspError):
     """The ranks do not hold the same plan, model or inputs."""
 
 
+class PlanError(DspError):
+    """What should be a plan is none, or it is one of another model, mesh or version."""
+
+
 class RuleError(DspError):
     """The notation of a sharding rule is malformed, or does not fit the op's arguments."""
 

@@ -7,7 +7,9 @@ import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,8 @@ from torch.utils import _pytree as pytree
 from .agreement import Agreement
 from .capacity import find_capacity
 from .cost_models.state import TrainingState
-from .errors import DspError, LayoutError, MeshError
+from .decision import check_fits, check_mesh, check_same, restore
+from .errors import DspError, LayoutError, MeshError, StrategyError
 from .groups import group_names, place_in
 from .mesh import as_mesh
 from .parameters import (
@@ -66,6 +69,7 @@ def parallelize(
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None,
     time_limit: float = 60.0,
     rng: str = "parallel",
+    plan: Plan | str | PathLike | None = None,
     max_signatures: int = 16,
 ) -> ParallelModule:
     """`model` on every rank of `mesh`: same arguments, same results, same gradients, 1/N of the activations.
@@ -83,7 +87,11 @@ def parallelize(
 
     Options as in `dsp_auto.plan`; max_signatures: how many plans are kept, the least recently used goes first.
 
-    Raises what `plan` raises, and AgreementError where ranks differ in inputs, model or plan.
+    plan: one that was made before, or the file that it was saved in. Nothing is solved, its options are those that it was made
+    with, and calls that it was not made for (another shape, dtype or mode) are refused.
+
+    Raises what `plan` raises, PlanError where a plan is not one of this model, call and mesh, and AgreementError where ranks
+    differ in inputs, model or plan.
     """
     options = Options.of(
         capacity,
@@ -108,7 +116,18 @@ def parallelize(
             found=f"a {type(mesh).__name__}",
             remedy="pass a DeviceMesh (init_device_mesh)",
         )
-    parallel = ParallelModule(model, mesh, options, max_signatures)
+    if plan is not None:
+        if options != Options():
+            given = [name for name, value in vars(options).items() if value != getattr(Options(), name)]
+            raise StrategyError(
+                asked=f"parallelize with a plan and {', '.join(given)}",
+                found="a plan has the options that it was made with",
+                remedy="leave them out, or make the plan with them",
+            )
+        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        check_mesh(plan, as_mesh(mesh))
+        options = Options.of_plan(plan)
+    parallel = ParallelModule(model, mesh, options, max_signatures, plan)
     if args is not None or kwargs is not None:
         parallel.prepare(*(args or ()), **(kwargs or {}))
     return parallel
@@ -148,6 +167,7 @@ class _State:
     options: Options
     max_signatures: int
     agreement: Agreement
+    given: Plan | None = None  # to be run as it is
     kept: OrderedDict[tuple, _Prepared] = field(default_factory=OrderedDict)
     latest: _Prepared | None = None
     in_parts: bool = False  # the model's parameters are DTensors over `mesh`
@@ -160,14 +180,16 @@ class ParallelModule(nn.Module):
     follows what `signature` reads. After a change that it does not see (a plain attribute that `forward` uses), `replan()`.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, options: Options, max_signatures: int = 16) -> None:
+    def __init__(
+        self, model: nn.Module, mesh: DeviceMesh, options: Options, max_signatures: int = 16, plan: Plan | None = None
+    ) -> None:
         super().__init__()
         for shared in _SHARED:
             self.__dict__[shared] = model.__dict__[shared]
         self.training = model.training
         # Not as a submodule, which would double every key.
         in_parts = bool(placements_in(model, mesh))
-        self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), in_parts=in_parts)
+        self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), plan, in_parts=in_parts)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
@@ -192,7 +214,9 @@ class ParallelModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
         state = self._dsp
         copy_parameters(state.model, memo)
-        made = ParallelModule(copy.deepcopy(state.model, memo), state.mesh, state.options, state.max_signatures)
+        made = ParallelModule(
+            copy.deepcopy(state.model, memo), state.mesh, state.options, state.max_signatures, state.given
+        )
         memo[id(self)] = made
         return made
 
@@ -312,11 +336,23 @@ class ParallelModule(nn.Module):
 
     def _prepare(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> _Prepared:
         state, agreement = self._dsp, self._dsp.agreement
+        given = state.given
+        agreement.check(
+            "no plan" if given is None else given.digest,
+            lambda: "no plan" if given is None else f"plan {given.digest[:12]}",
+            asked="the ranks were given different plans",
+            remedy="load one file on every rank",
+        )
         options = self._options()
         ready, whole = agreement.together(lambda: self._ready(args, kwargs, shapes, options))
-        solution = agreement.from_first(lambda: decide(ready))
+        if given is None:
+            solution = agreement.from_first(lambda: decide(ready))
+        else:
+            solution = agreement.together(lambda: restore(ready, given))
         groups = group_names(state.mesh, ready.problem(solution.space).graph.mesh)
         plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups))
+        if given is not None:
+            agreement.together(lambda: check_same(given, plan))
         module = local_module(graph, ready.program.module)
         agreement.check(
             plan.digest + str(ready.program.graph),
@@ -341,11 +377,13 @@ class ParallelModule(nn.Module):
         state, mesh = self._dsp, as_mesh(self._dsp.mesh)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         call = _whole_arguments(mode, args, kwargs, shapes) if shapes or state.in_parts else (args, kwargs)
-        if not state.in_parts:
-            return prepare(capture(state.model, *call), mesh, options), frozenset()
-        with fake_whole_parameters(state.model, mode):
+        with fake_whole_parameters(state.model, mode) if state.in_parts else nullcontext():
             program = capture(state.model, *call)
+        if state.given is not None:
+            check_fits(state.given, program, mesh)
         ready = prepare(program, mesh, options)
+        if not state.in_parts:
+            return ready, frozenset()
         held, whole = held_layouts(program, ready.factors, mesh, placements_in(state.model, state.mesh))
         return replace(ready, held=held), whole
 
@@ -353,7 +391,7 @@ class ParallelModule(nn.Module):
         """The options, with what is free now on the rank that has least for the capacity "free"."""
         state, agreement = self._dsp, self._dsp.agreement
         capacity = state.options.capacity
-        if capacity is None or capacity.asked != "free":
+        if capacity is None or capacity.asked != "free":  # a plan that was given has bytes
             return state.options
         device = state.mesh.device_type
         tensors = [*state.model.parameters(), *state.model.buffers()]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from .capacity import Capacity, find_capacity
 from .cost_models.compute import Launch, op_launches
 from .cost_models.hardware import Hardware, as_hardware
 from .cost_models.state import TrainingState, as_state
-from .errors import InfeasibleError, LayoutError, StrategyError
+from .decision import check_fits, record, restore, show_inputs, show_ops
+from .errors import DspError, InfeasibleError, LayoutError, PlanError, StrategyError
 from .mesh import Mesh, as_mesh
 from .passes.buckets import Bucket, make_buckets
 from .passes.capture import Program, capture
@@ -111,6 +114,31 @@ class Options:
         return options
 
 
+    def to_dict(self) -> dict[str, Any]:
+        """What the plan depends on, as plain data that `of_plan` reads."""
+        return {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "capacity": self.capacity and {"bytes": self.capacity.bytes, "reserve": self.capacity.reserve},
+            "optimizer": asdict(self.optimizer),
+            "hardware": self.hardware and json.loads(self.hardware.to_json()),
+        }
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Options:
+        """The options that a plan was made with. Raises PlanError where they are none."""
+        given = dict(plan.decision["options"])
+        capacity, hardware = given.pop("capacity"), given.pop("hardware")
+        try:
+            return cls.of(
+                capacity and capacity["bytes"],
+                hardware and Hardware.from_json(json.dumps(hardware), "the plan's hardware"),
+                reserve=capacity and capacity["reserve"],
+                optimizer=TrainingState(**given.pop("optimizer")),
+                **given,
+            )
+        except DspError as error:
+            raise PlanError(asked="this is no plan", found=f"its options: {error}") from error
+
     @property
     def usable(self) -> int | None:
         """Bytes of a device that a plan may use."""
@@ -123,6 +151,10 @@ class Options:
         if has_several_sequences(factors, mesh):
             return replace(self, strategy="dsp")
         return replace(self, strategy="auto", shard_parameters=bool(self.shard_parameters))
+
+
+# The options that are plain data as they are; how long the solver may take is none of the plan.
+_PLAIN = ("objective", "recompute", "may_stay_whole", "strategy", "shard_parameters", "dim_names", "in_layouts", "out_layouts", "rng")
 
 
 def _check_spec_types(options: Options) -> None:
@@ -155,6 +187,14 @@ class Prepared:
     held: Mapping[str, Layout] | None
     seconds: Mapping[str, float]
     made: dict[int, Problem] = field(default_factory=dict)
+
+    @cached_property
+    def shown_inputs(self) -> list[str]:
+        return show_inputs(self.program)
+
+    @cached_property
+    def shown_ops(self) -> list[list[str]]:
+        return show_ops(self.program)
 
     def problem(self, space: int) -> Problem:
         """stages, of one space."""
@@ -278,6 +318,13 @@ def prepare(
     return Prepared(program, factors, mesh, spaces, options, held, seconds)
 
 
+def prepare_given(program: Program, mesh: Mesh, plan: Plan) -> tuple[Prepared, Solution]:
+    """A plan that was made before, ready for `finish`. Raises PlanError where it is one of another model, call or mesh."""
+    check_fits(plan, program, mesh)
+    prepared = prepare(program, mesh, Options.of_plan(plan))
+    return prepared, restore(prepared, plan)
+
+
 def decide(prepared: Prepared) -> Solution:
     """stages and solve: the best plan of all spaces."""
     options, failed = prepared.options, []
@@ -363,7 +410,8 @@ def finish(
         "plan": prepared.seconds["prepare"] + sum(solution.seconds.values()),
         "rewrite": time.perf_counter() - started,
     }
-    return summarize(problem, solution, buckets, prepared.options.strategy, prepared.options.capacity, seconds), graph
+    found = summarize(problem, solution, buckets, prepared.options.strategy, prepared.options.capacity, seconds)
+    return replace(found, decision=record(prepared, solution)), graph
 
 
 @contextmanager

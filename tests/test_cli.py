@@ -67,6 +67,17 @@ def test_explain_prints_json_that_plan_accepts(capsys):
     assert code == 0 and plan.mesh == {"sp": 4} and plan.to_dict() == json.loads(out)
 
 
+def test_explain_writes_a_plan_that_it_reads_again_and_refuses_for_another_model(capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    argv = ("explain", EXAMPLE, "--mesh", "4", *SMALL)
+    code, written, _ = _run(capsys, *argv, "--out", path, "--strategy", "megatron-sp", "--objective", "time")
+    assert code == 0 and Plan.load(path).strategy == "megatron-sp"
+    code, read, _ = _run(capsys, *argv, "--plan", path)
+    assert code == 0 and read.partition("; seconds:")[0] == written.partition("; seconds:")[0]
+    code, out, err = _run(capsys, *argv, "frames=9", "--plan", path)
+    assert (code, out) == (2, "") and "another model or call" in err and len(err.splitlines()) == 1
+
+
 def test_names_come_from_the_option_or_from_the_factory(capsys):
     _, named, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "4", *SMALL)
     assert "sequence factors T=8, S=16" in named
