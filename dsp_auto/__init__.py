@@ -5,6 +5,7 @@ from .cost_models.state import TrainingState
 from .errors import (
     AgreementError,
     CaptureError,
+    ConstraintError,
     DspError,
     InfeasibleError,
     LayoutError,
@@ -20,11 +21,13 @@ from .parallelize import ParallelModule, parallelize
 from .passes.register import register_rule
 from .plan import Plan
 from .planner import plan
+from .verification import Verification, verify
 
 __all__ = [
     "AgreementError",
     "CaptureError",
     "Comparison",
+    "ConstraintError",
     "DspError",
     "Fit",
     "InfeasibleError",
@@ -38,9 +41,11 @@ __all__ = [
     "RuleError",
     "StrategyError",
     "TrainingState",
+    "Verification",
     "compare",
     "fit",
     "parallelize",
     "plan",
     "register_rule",
+    "verify",
 ]

@@ -28,14 +28,15 @@ from .mesh import as_mesh
 from .passes.capture import capture
 from .passes.presets import PRESETS
 from .plan import Plan
-from .planner import Options, decide, finish, prepare, prepare_given
+from .planner import Options, finish, plan_prepared, prepare, prepare_given
 from .show_memory import show_memory
 from .suggest import what_would_fit
+from .verification import verify as verify_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 1 where `demo` finds a disagreement, or 2 where `compare` or `fit` finds no strategy that can run; and 2
-    with one line on stderr where the input is bad, and more where `explain` finds what would fit."""
+    """Exit code: 0, or 1 where `demo` or `verify` finds a disagreement, or 2 where `compare` or `fit` finds no strategy that
+    can run; and 2 with one line on stderr where the input is bad, and more where `explain` finds what would fit."""
     try:
         options = _parser().parse_args(argv)
         return options.run(options)
@@ -52,11 +53,10 @@ def explain(options: argparse.Namespace) -> int:
         program = capture(model, *call)
         try:
             if made is not None:
-                prepared, solution = prepare_given(program, mesh, made)
+                found = finish(*prepare_given(program, mesh, made))[0]
             else:
-                prepared = prepare(program, mesh, chosen)
-                solution = decide(prepared)
-            found = finish(prepared, solution)[0]
+                found = plan_prepared(prepare(program, mesh, chosen))
+            asked = [str(found.explain(modules)) for modules in options.why]
         except InfeasibleError as error:
             _print_error(error)
             for line in what_would_fit(program, mesh, chosen):
@@ -69,7 +69,13 @@ def explain(options: argparse.Namespace) -> int:
     if options.json:
         print(found.to_json(indent=2))
     else:
-        print(f"{found}\n\n{show_memory(found)}" if options.memory else found)
+        shown = [str(found), *([show_memory(found)] if options.memory else []), *asked]
+        print("\n\n".join(shown))
+    return 0
+
+
+def diff(options: argparse.Namespace) -> int:
+    print(Plan.load(options.first).diff(Plan.load(options.second)))
     return 0
 
 
@@ -99,6 +105,16 @@ def fit(options: argparse.Namespace) -> int:
     return 0 if found.fits else 2
 
 
+def verify(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        torch.manual_seed(options.seed)
+        with _call(options, real=True) as (args, given):
+            given |= {"strategy": options.strategy, "rng": options.rng}
+            found = verify_plan(*args, plan=options.plan, seed=options.seed, **given)
+    print(found)
+    return 0 if found.agrees else 1
+
+
 def demo(options: argparse.Namespace) -> int:
     from .demo import run  # needs torch.distributed, which planning does not
 
@@ -120,11 +136,11 @@ def rules(options: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _call(options: argparse.Namespace) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """What `plan` and `compare` are both called with: model, mesh, args and kwargs, and options by name."""
+def _call(options: argparse.Namespace, real: bool = False) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """What `plan`, `compare` and `verify` are called with: model, mesh, args and kwargs, and options by name."""
     factory, arguments = _load(options.target), _arguments(options.argument)
     given = _planning(options, factory)
-    model, args, kwargs = build(factory, options.target, arguments)
+    model, args, kwargs = build(factory, options.target, arguments, real)
     if options.inference:
         model.eval()
     with torch.set_grad_enabled(not options.inference):
@@ -142,6 +158,8 @@ def _planning(options: argparse.Namespace, factory: Callable[..., Any]) -> dict[
         "recompute": options.recompute,
         "hardware": options.hardware,
         "shard_parameters": options.shard_parameters,
+        "constraints": _constraints(options.constraint) or None,
+        "keep_whole": options.keep_whole or None,
         "dim_names": _pairs("--dim-names", options.dim_names) or getattr(factory, "dim_names", None),
     }
 
@@ -226,6 +244,22 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _constraints(given: Sequence[str]) -> dict[str, dict[str, str | None]]:
+    """`blocks.*.attn=sp:T`; `sp:-` for what is not to be sharded over sp."""
+    found: dict[str, dict[str, str | None]] = {}
+    for entry in given:
+        modules, equals, wanted = entry.partition("=")
+        mesh_dim, colon, factor = wanted.partition(":")
+        if not (modules and equals and mesh_dim and colon and factor):
+            raise DspError(
+                asked=f"--constraint {entry!r}",
+                found="no module, mesh dim and factor",
+                remedy='write it as --constraint "blocks.*.attn=sp:T", or sp:- for what is not to be sharded over sp',
+            )
+        found.setdefault(modules, {})[mesh_dim] = None if factor == "-" else factor
+    return found
+
+
 def _print_error(error: DspError) -> None:
     print(f"dsp-auto: {' '.join(str(error).split())}", file=sys.stderr)
 
@@ -246,14 +280,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_planning(entry)
     entry.add_argument("--json", action="store_true", help="the plan as JSON")
     entry.add_argument("--out", metavar="FILE", help="write the plan there, as JSON, for `parallelize(plan=FILE)`")
-    entry.add_argument("--plan", metavar="FILE", help="a plan that --out wrote, with its own options: whether it is one of TARGET")
-    entry.add_argument("--memory", action="store_true", help="what a device holds too, in total and block by block")
+    entry.add_argument("--plan", metavar="FILE", help="a plan that --out wrote, in place of planning")
     entry.add_argument(
-        "--strategy",
-        choices=PRESETS,
-        help='without it, "dsp" for a model of several long sequences, else "auto" with whole parameters',
+        "--why",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULES",
+        help="what every other layout of the ops in these modules would cost, too: blocks.3.attn",
     )
+    entry.add_argument("--memory", action="store_true", help="what a device holds too, in total and block by block")
+    _add_strategy(entry)
     entry.add_argument("--hardware", metavar="PROFILE", help=f'{_HARDWARE} for the objective "time"; h100 without it')
+
+    entry = commands.add_parser("diff", help="print what two plans do differently", description=_DIFF)
+    entry.set_defaults(run=diff)
+    entry.add_argument("first", metavar="FIRST", help="a plan that `explain --out` or `Plan.save` wrote")
+    entry.add_argument("second", metavar="SECOND", help="another")
 
     entry = commands.add_parser("compare", help="print what each strategy would send and take", description=_COMPARE)
     entry.set_defaults(run=compare)
@@ -299,6 +342,16 @@ def _parser() -> argparse.ArgumentParser:
     entry.add_argument("--example", help='a call: sizes of tensors and other arguments, "2x5x8, 2x7x8:bfloat16, dim=1"')
     entry.add_argument("--inference", action="store_true", help="look for a rule without gradients")
 
+    entry = commands.add_parser("verify", help="run a plan on this computer, and compare with one device", description=_VERIFY)
+    entry.set_defaults(run=verify)
+    _add_mesh(entry)
+    _add_planning(entry)
+    _add_strategy(entry)
+    entry.add_argument("--hardware", metavar="PROFILE", help=f'{_HARDWARE} for the objective "time"; h100 without it')
+    entry.add_argument("--rng", default="parallel", help='"parallel" (the default) or "serial": see dsp_auto.plan')
+    entry.add_argument("--plan", metavar="FILE", help="a plan that `explain --out` wrote, in place of planning")
+    entry.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, inputs and what the model draws (0)")
+
     from . import calibrate
 
     entry = commands.add_parser("calibrate", help="measure this mesh and write a hardware profile")
@@ -309,6 +362,12 @@ def _parser() -> argparse.ArgumentParser:
 
 _EXPLAIN = """Plan TARGET's model on fake tensors: no weights, no GPU, no processes, whatever the size of the mesh.
 TARGET names a function that returns (model, args, kwargs)."""
+
+_DIFF = """Print the options, stages, collectives, blocks recomputed and totals that differ between two plans."""
+
+_VERIFY = """Plan TARGET's model, run all ranks in this process on real numbers, forward and backward, and compare every stage,
+output and gradient with one device, and what is sent with the plan. Choose small sizes (-a): one process holds everything. Exit
+code 1 where anything differs, with the first stage that does."""
 
 _COMPARE = """Plan TARGET's model under each strategy, as `explain` does, and predict a step of each. Exit code 2 where none can
 run it. Per block (or, with --layers, per layer) is the mean over them."""
@@ -368,12 +427,31 @@ def _add_planning(parser: argparse.ArgumentParser, capacity_required: bool = Fal
     )
     parser.add_argument("--inference", action="store_true", help="plan the forward of model.eval() without gradients")
     parser.add_argument(
+        "--constraint",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULES=DIM:FACTOR",
+        help='what ops in some modules shard over a mesh dim: "blocks.*.attn=sp:T", and sp:- for nothing',
+    )
+    parser.add_argument(
+        "--keep-whole", nargs="+", action="extend", default=[], metavar="MODULES", help="modules whose ops shard nothing"
+    )
+    parser.add_argument(
         "--dim-names",
         nargs="+",
         action="extend",
         default=[],
         metavar="INPUT=DIMS",
         help="names of an input's dims: video=\"B T S C\"; else the factory's own attribute dim_names",
+    )
+
+
+def _add_strategy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strategy",
+        choices=PRESETS,
+        help='without it, "dsp" for a model of several long sequences, else "auto" with whole parameters',
     )
 
 

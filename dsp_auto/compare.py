@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from .cost_models.hardware import Hardware
-from .errors import DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
+from .errors import ConstraintError, DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
 from .mesh import Mesh, as_mesh
 from .passes.capture import Program, capture
 from .passes.nodes import is_getitem, module_path
@@ -243,7 +243,7 @@ def _candidate(program: Program, mesh: Mesh, strategy: str, options: Options) ->
     try:
         prepared = prepare(program, mesh, options)
         solution = decide(prepared)
-    except (NoShardableFactorError, MeshError, InfeasibleError) as error:
+    except (ConstraintError, NoShardableFactorError, MeshError, InfeasibleError) as error:
         return Candidate(strategy, error=type(error).__name__, reason=str(error))
     plan, graph = finish(prepared, solution)
     step = trace_rank(prepared, solution, graph)

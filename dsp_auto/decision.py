@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from .errors import PlanError
 from .mesh import Mesh
 from .passes.capture import Program
 from .passes.enumerate_strategies import Strategy
-from .passes.layout import Layout, P, Placement, R, Shard, V
+from .passes.layout import Layout, P, Placement, R, Shard, V, show_placement
 from .passes.lifetimes import Kept
 from .passes.nodes import module_path, node_values
 from .passes.problem import Problem, Recomputed
@@ -45,7 +46,7 @@ def record(prepared: Prepared, solution: Solution) -> dict[str, Any]:
     stages = []
     for stage in problem.graph.stages:
         way = _way(stage.strategies[solution.choice[stage.index]])
-        stages.append([_stage_name(stage), ways.setdefault(way, len(ways))])
+        stages.append([_stage_name(stage), ways.setdefault(way, len(ways)), _shards(problem, stage, solution)])
     return {
         "training": prepared.program.training,
         "inputs": prepared.shown_inputs,
@@ -146,8 +147,8 @@ def check_fits(plan: Plan, program: Program, mesh: Mesh) -> None:
 
 
 def restore(prepared: Prepared, plan: Plan) -> Solution:
-    """What was decided, in a model that the plan fits (see `check_fits`). Raises PlanError where it cannot be run, or would cost
-    something else than it says."""
+    """What was decided, in a model that the plan fits (see `check_fits`). Raises PlanError where it cannot be run, or would
+    cost something else than it says."""
     made = plan.decision
     if made["space"] >= len(prepared.spaces):
         raise _cannot(f"strategy {plan.strategy!r} has {len(prepared.spaces)} ways to see this model, not {made['space'] + 1}")
@@ -180,18 +181,29 @@ def restore(prepared: Prepared, plan: Plan) -> Solution:
     )
 
 
+def transfer(prepared: Prepared, solution: Solution, other: Prepared) -> Solution:
+    """The same strategies in another problem of the same program. Raises PlanError where it has not all of them."""
+    made, problem = record(prepared, solution), other.problem(solution.space)
+    choice, recomputed = _choice(problem, made), _recomputed(problem, made["recomputed"])
+    objective = problem.cost(choice, recomputed)
+    if objective is None:
+        raise _cannot("no primitives lead from some stage's layout to what the next one wants")
+    peak = problem.peak(choice, recomputed)[0]
+    return replace(solution, choice=choice, recomputed=recomputed, objective=objective, peak_bytes=peak)
+
+
 def _choice(problem: Problem, made: dict[str, Any]) -> tuple[int, ...]:
     stages, found = problem.graph.stages, []
     ways = [_read_way(way) for way in made["ways"]]
     if len(stages) != len(made["stages"]):
         raise _cannot(f"it decides over {len(made['stages'])} stages, and the model has {len(stages)}")
-    for stage, (name, number) in zip(stages, made["stages"]):
+    for stage, (name, number, _) in zip(stages, made["stages"]):
         if name != _stage_name(stage) or number >= len(ways):
             raise _cannot(f"it has the stage {name!r} in place of {_stage_name(stage)!r}", stage.name)
         own = [_way(strategy) for strategy in stage.strategies]
         if ways[number] not in own:
             _, operands, results = ways[number]
-            shown = f"{', '.join(map(' '.join, operands)) or 'nothing'} -> {', '.join(map(' '.join, results)) or 'nothing'}"
+            shown = " -> ".join(", ".join(map(" ".join, own)) or "nothing" for own in (operands, results))
             raise _cannot(f"{_stage_name(stage)} has no strategy {shown} here", stage.name)
         found.append(own.index(ways[number]))
     return tuple(found)
@@ -200,6 +212,16 @@ def _choice(problem: Problem, made: dict[str, Any]) -> tuple[int, ...]:
 def _stage_name(stage: Stage) -> str:
     """The node of a stage, equal for equal models."""
     return stage.op.name if stage.op is not None else stage.results[0][0] if stage.results else stage.kind
+
+
+def _shards(problem: Problem, stage: Stage, solution: Solution) -> list[str]:
+    """For people: per mesh dim the factor that an op shards, or that an input or an output is cut along."""
+    graph, strategy = problem.graph, stage.strategies[solution.choice[stage.index]]
+    if stage.op is not None:
+        return ["R" if factor is None else graph.factors.names[factor] for factor in strategy.factors]
+    storage, layouts = (stage.results[0], strategy.results) if stage.results else (None, ())
+    names = graph.factors.factor_names(storage) if layouts else ()
+    return [show_placement(placement, names) for placement in (layouts[0] if layouts else ())]
 
 
 def _way(strategy: Strategy) -> tuple:

@@ -37,6 +37,7 @@ from .parameters import (
 )
 from .passes.capture import Program, capture, ordered_kwargs
 from .passes.checkpointing import local_module
+from .passes.factors import Factors
 from .passes.nodes import node_call
 from .passes.rules import why_none
 from .passes.stages import MAY_STAY_WHOLE
@@ -69,6 +70,8 @@ def parallelize(
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None,
     time_limit: float = 60.0,
     rng: str = "parallel",
+    constraints: Mapping[str, Mapping[str, str | None]] | None = None,
+    keep_whole: Sequence[str] | None = None,
     plan: Plan | str | PathLike | None = None,
     max_signatures: int = 16,
 ) -> ParallelModule:
@@ -109,6 +112,8 @@ def parallelize(
         out_layouts=out_layouts,
         time_limit=time_limit,
         rng=rng,
+        constraints=constraints,
+        keep_whole=keep_whole,
     )
     if not isinstance(mesh, DeviceMesh):
         raise MeshError(
@@ -368,7 +373,7 @@ class ParallelModule(nn.Module):
             state.kept.clear()  # their programs take whole parameters
         text = as_text(self._signature(args, kwargs, shapes)[0])
         sources = self._sources(ready.program, whole)
-        return _Prepared(text, plan, module, module.forward, sources, ready.program, _draws(ready))
+        return _Prepared(text, plan, module, module.forward, sources, ready.program, draws(ready.factors))
 
     def _ready(
         self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], options: Options
@@ -454,15 +459,14 @@ def _nothing() -> None:
     pass
 
 
-def _draws(ready: Prepared) -> bool:
+def draws(factors: Factors) -> bool:
     """Whether the program draws random numbers, as far as its rules know; an op without a rule may."""
     seeded = torch.Tag.nondeterministic_seeded
-    ops = ready.factors.ops
     return any(
         op.rule.is_random
         if op.rule
         else seeded in getattr(op.node.target, "tags", ()) or "random" in why_none(node_call(op.node))
-        for op in ops
+        for op in factors.ops
     )
 
 

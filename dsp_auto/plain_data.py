@@ -88,7 +88,8 @@ def _check_mapping(data: Any, shape: Mapping[Any, Any], what: str, place: str) -
         elif not may_be_missing:
             raise PlanError(asked=f"this is no {what}", found=f"{place or 'it'} has no {name!r}")
     if unknown := [name for name in data if name not in known]:
-        raise PlanError(asked=f"this is no {what}", found=f"{place or 'it'} has an entry {str(unknown[0])[:LONGEST]!r} too many")
+        found = f"{place or 'it'} has an entry {str(unknown[0])[:LONGEST]!r} too many"
+        raise PlanError(asked=f"this is no {what}", found=found)
 
 
 def _wrong(what: str, place: str, data: Any, wanted: str) -> PlanError:

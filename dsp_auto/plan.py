@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from .errors import PlanError
 from .plain_data import COUNT, NOTHING, NUMBER, POSITIVE, Either, check, load_json
+from .plan_diff import show_diff
 from .units import show_bytes
 
+if TYPE_CHECKING:
+    from .alternatives import Alternatives
+
 FORMAT = 5
+_ASK = "_ask"
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,33 @@ class Plan:
             ) from error
         return cls.from_json(text)
 
+    def explain(self, modules: str) -> Alternatives:
+        """What every other layout of the ops in `modules` ("blocks.3.attn", "blocks.*.attn") would cost in all: wire bytes or
+        seconds, and peak memory. Prints as a table. Each is planned for anew, which takes as long as planning did.
+
+        Raises LayoutError where the model has no such module, and PlanError for a plan that was read from a file or belongs to
+        a parallel module: it does not hold the model that it was made of.
+        """
+        ask = self.__dict__.get(_ASK)
+        if ask is None:
+            raise PlanError(
+                asked=f"cannot explain {modules}",
+                found="this plan does not hold the model that it was made of",
+                remedy="make it with dsp_auto.plan, or ask `dsp-auto explain TARGET --why`",
+            )
+        return ask(modules)
+
+    def ask_with(self, ask: Callable[[str], Alternatives]) -> None:
+        """What answers `explain`; no part of the plan."""
+        self.__dict__[_ASK] = ask
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != _ASK}
+
+    def diff(self, other: Plan) -> str:
+        """What the other plan does otherwise, in tables: options, blocks recomputed, what ops shard, collectives, totals."""
+        return show_diff(self, other)
+
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON text, which `Plan.from_json` reads."""
         return json.dumps(self.to_dict(), indent=indent)
@@ -186,9 +218,10 @@ class Plan:
             disable_numparse=True,
             colalign=("right", "left", "right", "left", "left", "left", "right", "right"),
         )
-        return f"{self._headline()}\n\n{table}\n\n{self._totals()}"
+        return f"{self.headline()}\n\n{table}\n\n{self._totals()}"
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
+        """Mesh, strategy, objective and sequence factors on one line."""
         mesh = " x ".join(f"{name}={size}" for name, size in self.mesh.items())
         factors = ", ".join(f"{f['name']}={f['size']}" for f in self.factors if f["kind"] == "sequence")
         return (
@@ -317,10 +350,12 @@ _SHAPE = {
                 "dim_names": Either({str: str}, NOTHING),
                 "in_layouts": Either({str: _SPEC}, NOTHING),
                 "out_layouts": Either(_SPEC, [_SPEC]),
+                "constraints": Either({str: {str: Either(str, NOTHING)}}, NOTHING),
+                "keep_whole": Either([str], NOTHING),
             },
             "space": COUNT,
             "ways": [{"cuts": [[(str, COUNT)]], "operands": [[str]], "results": [[str]]}],
-            "stages": [(str, COUNT)],
+            "stages": [(str, COUNT, [str])],
             "recomputed": [{"region": COUNT, "ops": (str, str), "keeps": [(str, str, str, COUNT)]}],
             "solution": {"objective": NUMBER, "bound": NUMBER, "peak_bytes": COUNT, "capacity_bytes": COUNT},
         },

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsp_auto import Comparison, Fit, Plan, calibrate, cli, demo, verify
+from dsp_auto import Comparison, Fit, Plan, calibrate, cli, demo
 from dsp_auto.passes.presets import PRESETS
 from dsp_auto.passes.rules import registered, registered_by_user
 
@@ -410,7 +410,7 @@ def test_demo_runs_and_agrees(capfd):
 
 @pytest.mark.parametrize("tolerance", ["OUTPUT_TOLERANCE", "GRADIENT_TOLERANCE"])
 def test_demo_fails_where_the_deviation_is_above_tolerance(capsys, comparisons, monkeypatch, tolerance):
-    monkeypatch.setattr(verify, tolerance, -1.0)  # no deviation is this small
+    monkeypatch.setattr(demo, tolerance, -1.0)  # no deviation is this small
     monkeypatch.setattr(demo, "spawn", lambda function, ranks, sizes: comparisons)
     assert cli.main(TINY_DEMO) == 1
     out = capsys.readouterr().out

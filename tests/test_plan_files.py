@@ -99,8 +99,8 @@ def made_for(mesh="2", training=True, shape=(2, 4, 6, 8), dtype=torch.float32, *
         ({"shape": (2, 4, 7, 8)}, "takes input x float32[2, 4, 6, 8] where the model takes input x float32[2, 4, 7, 8]"),
         ({"dtype": torch.float64}, "float32[8, 8] with gradient where the model takes parameter first.weight float64[8, 8]"),
         ({"hidden": 16, "shape": (2, 4, 6, 16)}, "parameter first.weight float32[8, 8] with gradient where"),
-        ({"act": "relu"}, "acts.1: this plan is of another model or call: it has aten.gelu.default in acts.1 where the model has "
-                          "aten.relu.default in acts.1"),
+        ({"act": "relu"}, "acts.1: this plan is of another model or call: it has aten.gelu.default in acts.1 where the model "
+                          "has aten.relu.default in acts.1"),
         ({"act": "tanh"}, "acts.1: this plan is of another model or call: aten.gelu.default (gelu_1) has other arguments"),
     ],
 )  # fmt: skip
