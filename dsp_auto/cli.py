@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,11 +28,15 @@ from .fit import fit as fit_strategies
 from .mesh import as_mesh
 from .passes.capture import capture
 from .passes.presets import PRESETS
+from .plain_data import shorten
 from .plan import Plan
 from .planner import Options, finish, plan_prepared, prepare, prepare_given
 from .show_memory import show_memory
 from .suggest import what_would_fit
 from .verification import verify as verify_plan
+
+# Characters of an error on stderr.
+LONGEST = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr), _call(options) as (args, given):  # stdout is for the plan alone
         model, mesh, *call = args
-        made = options.plan and Plan.load(options.plan)
+        made = None if options.plan is None else Plan.load(options.plan)
         chosen, mesh = Options.of(strategy=options.strategy, **given), as_mesh(mesh)
+        if made is not None:
+            replace(chosen, dim_names=None).check_none()
         program = capture(model, *call)
         try:
             if made is not None:
@@ -64,7 +71,7 @@ def explain(options: argparse.Namespace) -> int:
             return 2
         if made is not None:
             check_same(made, found)
-        if options.out:
+        if options.out is not None:
             found.save(options.out)
     if options.json:
         print(found.to_json(indent=2))
@@ -110,6 +117,8 @@ def verify(options: argparse.Namespace) -> int:
         torch.manual_seed(options.seed)
         with _call(options, real=True) as (args, given):
             given |= {"strategy": options.strategy, "rng": options.rng}
+            if options.plan is not None:
+                given["dim_names"] = None  # the factory's; a plan has its own
             found = verify_plan(*args, plan=options.plan, seed=options.seed, **given)
     print(found)
     return 0 if found.agrees else 1
@@ -227,7 +236,7 @@ def _arguments(given: Sequence[str]) -> dict[str, Any]:
     for name, text in _pairs("-a", given).items():
         try:
             found[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply to be read
             found[name] = text
     return found
 
@@ -261,7 +270,7 @@ def _constraints(given: Sequence[str]) -> dict[str, dict[str, str | None]]:
 
 
 def _print_error(error: DspError) -> None:
-    print(f"dsp-auto: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"dsp-auto: {shorten(' '.join(str(error).split()), LONGEST)}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -350,7 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     entry.add_argument("--hardware", metavar="PROFILE", help=f'{_HARDWARE} for the objective "time"; h100 without it')
     entry.add_argument("--rng", default="parallel", help='"parallel" (the default) or "serial": see dsp_auto.plan')
     entry.add_argument("--plan", metavar="FILE", help="a plan that `explain --out` wrote, in place of planning")
-    entry.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, inputs and what the model draws (0)")
+    entry.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights, inputs and what the model draws (0)")
 
     from . import calibrate
 
@@ -445,6 +454,12 @@ def _add_planning(parser: argparse.ArgumentParser, capacity_required: bool = Fal
         metavar="INPUT=DIMS",
         help="names of an input's dims: video=\"B T S C\"; else the factory's own attribute dim_names",
     )
+
+
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no number from 0 to 2**63")
+    return int(text)
 
 
 def _add_strategy(parser: argparse.ArgumentParser) -> None:

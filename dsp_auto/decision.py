@@ -28,6 +28,7 @@ from .passes.nodes import module_path, node_values
 from .passes.problem import Problem, Recomputed
 from .passes.solve import Solution
 from .passes.stages import Stage
+from .plain_data import shorten
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -119,12 +120,10 @@ def check_mesh(plan: Plan, mesh: Mesh) -> None:
         )
     made = plan.versions.get("torch")
     if made != torch.__version__:
-        raise PlanError(
-            asked="cannot run this plan", found=f"it was made with torch {made}, this is {torch.__version__}", remedy=_AGAIN
-        )
+        raise _cannot(f"it was made with torch {made}, this is {torch.__version__}")
     if list(plan.mesh.items()) != list(mesh.whole.items()):
         own = " x ".join(f"{name}={size}" for name, size in plan.mesh.items())
-        raise PlanError(asked="cannot run this plan", found=f"it is for the mesh {own}, and this one is {mesh}", remedy=_AGAIN)
+        raise _cannot(f"it is for the mesh {own}, and this one is {mesh}")
 
 
 def check_fits(plan: Plan, program: Program, mesh: Mesh) -> None:
@@ -285,8 +284,8 @@ def check_same(plan: Plan, found: Plan) -> None:
 
 
 def _differs(found: str, where: str = "") -> PlanError:
-    return PlanError(asked="this plan is of another model or call", found=found, where=where or None, remedy=_AGAIN)
+    return PlanError(asked="this plan is of another model or call", found=shorten(found), where=where or None, remedy=_AGAIN)
 
 
 def _cannot(found: str, where: str = "") -> PlanError:
-    return PlanError(asked="cannot run this plan", found=found, where=where or None, remedy=_AGAIN)
+    return PlanError(asked="cannot run this plan", found=shorten(found), where=where or None, remedy=_AGAIN)

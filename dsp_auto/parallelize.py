@@ -22,7 +22,7 @@ from .agreement import Agreement
 from .capacity import find_capacity
 from .cost_models.state import TrainingState
 from .decision import check_fits, check_mesh, check_same, restore
-from .errors import DspError, LayoutError, MeshError, StrategyError
+from .errors import DspError, LayoutError, MeshError
 from .groups import group_names, place_in
 from .mesh import as_mesh
 from .parameters import (
@@ -122,13 +122,7 @@ def parallelize(
             remedy="pass a DeviceMesh (init_device_mesh)",
         )
     if plan is not None:
-        if options != Options():
-            given = [name for name, value in vars(options).items() if value != getattr(Options(), name)]
-            raise StrategyError(
-                asked=f"parallelize with a plan and {', '.join(given)}",
-                found="a plan has the options that it was made with",
-                remedy="leave them out, or make the plan with them",
-            )
+        options.check_none()
         plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         check_mesh(plan, as_mesh(mesh))
         options = Options.of_plan(plan)

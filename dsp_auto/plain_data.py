@@ -28,6 +28,11 @@ NUMBER, COUNT, POSITIVE, NOTHING = Either(int, float), range(0, 2**63), range(1,
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NOTHING: "null"}
 
 
+def shorten(text: str, limit: int = 300) -> str:
+    """What is told of a text that a file or a user may have made as long as he likes."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def load_json(text: str, what: str) -> Any:
     """The data of a JSON text. Raises PlanError for what is none, numbers that are not finite included."""
 
@@ -86,13 +91,12 @@ def _check_mapping(data: Any, shape: Mapping[Any, Any], what: str, place: str) -
         if name in data:
             check(data[name], own, what, f"{place}.{name}".lstrip("."))
         elif not may_be_missing:
-            raise PlanError(asked=f"this is no {what}", found=f"{place or 'it'} has no {name!r}")
+            raise PlanError(asked=f"this is no {what}", found=f"{shorten(place) or 'it'} has no {name!r}")
     if unknown := [name for name in data if name not in known]:
-        found = f"{place or 'it'} has an entry {str(unknown[0])[:LONGEST]!r} too many"
+        found = f"{shorten(place) or 'it'} has an entry {shorten(str(unknown[0]), LONGEST)!r} too many"
         raise PlanError(asked=f"this is no {what}", found=found)
 
 
 def _wrong(what: str, place: str, data: Any, wanted: str) -> PlanError:
-    shown = repr(data)
-    shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
-    return PlanError(asked=f"this is no {what}", found=f"{place[:200] or 'it'} is {shown}, not {wanted}")
+    found = f"{shorten(place) or 'it'} is {shorten(repr(data), LONGEST)}, not {wanted}"
+    return PlanError(asked=f"this is no {what}", found=found)

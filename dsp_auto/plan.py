@@ -110,7 +110,7 @@ class Plan:
         """Writes the plan as JSON, which `Plan.load` reads. Raises PlanError where the file cannot be written."""
         try:
             Path(path).write_text(self.to_json(indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise PlanError(asked=f"cannot write the plan to {str(path)!r}", found=str(error)) from error
 
     @classmethod

@@ -54,6 +54,7 @@ from .passes.rewrite import rewrite
 from .passes.solve import GAP, SLACK, TOLERANCE, OutOfTimeError, Solution, out_of_time, solve
 from .passes.stages import MAY_STAY_WHOLE, StageGraph, make_stages
 from .passes.summarize import summarize
+from .plain_data import shorten
 from .plan import Plan
 
 # What the solver gets at least, where other spaces took the time.
@@ -126,6 +127,16 @@ class Options:
         return options
 
 
+    def check_none(self) -> None:
+        """Raises StrategyError where anything is asked for, because there is a plan already."""
+        given = [name for name, value in vars(self).items() if value != getattr(Options(), name)]
+        if given:
+            raise StrategyError(
+                asked=f"a plan is given, and {', '.join(given)}",
+                found="a plan has the options that it was made with",
+                remedy="leave them out, or make the plan with them",
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """What the plan depends on, as plain data that `of_plan` reads."""
         return {
@@ -149,7 +160,7 @@ class Options:
                 **given,
             )
         except DspError as error:
-            raise PlanError(asked="this is no plan", found=f"its options: {error}") from error
+            raise PlanError(asked="this is no plan", found=shorten(f"its options: {error}")) from error
 
     @property
     def usable(self) -> int | None:

@@ -126,9 +126,10 @@ def verify(
     device. Disagreement is no error: see `Verification.agrees`.
     """
     mesh = as_mesh(mesh)
-    if plan is not None:
-        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     chosen = Options.of(capacity, hardware, **options)
+    if plan is not None:
+        chosen.check_none()
+        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     model, args, kwargs = materialize(model, tuple(args), dict(kwargs or {}), seed)
     _check_device(model, args, kwargs)
     program = capture(model, args, kwargs)

@@ -74,6 +74,8 @@ def test_explain_writes_a_plan_that_it_reads_again_and_refuses_for_another_model
     assert code == 0 and Plan.load(path).strategy == "megatron-sp"
     code, read, _ = _run(capsys, *argv, "--plan", path)
     assert code == 0 and read.partition("; seconds:")[0] == written.partition("; seconds:")[0]
+    code, out, err = _run(capsys, *argv, "--plan", path, "--objective", "time", "--strategy", "dsp")
+    assert (code, out) == (2, "") and "a plan is given, and objective, strategy, hardware" in err
     code, out, err = _run(capsys, *argv, "frames=9", "--plan", path)
     assert (code, out) == (2, "") and "another model or call" in err and len(err.splitlines()) == 1
 

@@ -180,7 +180,7 @@ def _runs(rank, ranks, path):
     assert deviation(parallel(*args, **kwargs), expected) <= OUTPUT_TOLERANCE
     with pytest.raises(dsp_auto.DspError, match="forward without gradients"), torch.no_grad():
         parallel(*args, **kwargs)
-    with pytest.raises(dsp_auto.StrategyError, match="with a plan and strategy, rng"):
+    with pytest.raises(dsp_auto.StrategyError, match="a plan is given, and strategy, rng"):
         dsp_auto.parallelize(model, mesh, plan=path, strategy="auto", rng="serial")
     return parallel.plan.digest
 
