@@ -1,5 +1,5 @@
-"""`dsp-auto`: explain a plan, compare strategies, find how few GPUs a model fits on, show on this computer that plans are
-right, tell the rule of an op, or measure a mesh."""
+"""`dsp-auto`: explain a plan, verify it on this computer, tell two apart, compare strategies, find how few GPUs a model fits
+on, run a demo, tell the rule of an op, or measure a mesh."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from torch import nn
 
 from .compare import compare as compare_strategies
 from .cost_models.state import OPTIMIZERS, TrainingState
-from .decision import check_same
 from .errors import DspError, InfeasibleError
 from .factory import build, reason
 from .fit import fit as fit_strategies
@@ -30,7 +29,8 @@ from .passes.capture import capture
 from .passes.presets import PRESETS
 from .plain_data import shorten
 from .plan import Plan
-from .planner import Options, finish, plan_prepared, prepare, prepare_given
+from .planner import Options, plan_given, plan_prepared, prepare
+from .progress import step
 from .show_memory import show_memory
 from .suggest import what_would_fit
 from .verification import verify as verify_plan
@@ -57,10 +57,11 @@ def explain(options: argparse.Namespace) -> int:
         chosen, mesh = Options.of(strategy=options.strategy, **given), as_mesh(mesh)
         if made is not None:
             replace(chosen, dim_names=None).check_none()
-        program = capture(model, *call)
+        with step(f"capture of {type(model).__name__}"):
+            program = capture(model, *call)
         try:
             if made is not None:
-                found = finish(*prepare_given(program, mesh, made))[0]
+                found = plan_given(program, mesh, made)
             else:
                 found = plan_prepared(prepare(program, mesh, chosen))
             asked = [str(found.explain(modules)) for modules in options.why]
@@ -69,8 +70,6 @@ def explain(options: argparse.Namespace) -> int:
             for line in what_would_fit(program, mesh, chosen):
                 print(f"    {line}", file=sys.stderr)
             return 2
-        if made is not None:
-            check_same(made, found)
         if options.out is not None:
             found.save(options.out)
     if options.json:

@@ -44,6 +44,7 @@ from .passes.stages import MAY_STAY_WHOLE
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .primitives import before_first_collective
+from .progress import log_plan, step
 from .signature import as_text, describe, named_inputs, signature, whole_shape
 
 # The same containers, not copies: what is loaded, moved or replaced in a parallel module is so in its model.
@@ -345,7 +346,8 @@ class ParallelModule(nn.Module):
         options = self._options()
         ready, whole = agreement.together(lambda: self._ready(args, kwargs, shapes, options))
         if given is None:
-            solution = agreement.from_first(lambda: decide(ready))
+            with step(f"solving for {as_mesh(state.mesh)}"):
+                solution = agreement.from_first(lambda: decide(ready))
         else:
             solution = agreement.together(lambda: restore(ready, given))
         groups = group_names(state.mesh, ready.problem(solution.space).graph.mesh)
@@ -365,6 +367,7 @@ class ParallelModule(nn.Module):
             hold(state.model, state.mesh, parts)
             state.in_parts = True
             state.kept.clear()  # their programs take whole parameters
+        log_plan(plan)
         text = as_text(self._signature(args, kwargs, shapes)[0])
         sources = self._sources(ready.program, whole)
         return _Prepared(text, plan, module, module.forward, sources, ready.program, draws(ready.factors))
@@ -376,7 +379,8 @@ class ParallelModule(nn.Module):
         state, mesh = self._dsp, as_mesh(self._dsp.mesh)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         call = _whole_arguments(mode, args, kwargs, shapes) if shapes or state.in_parts else (args, kwargs)
-        with fake_whole_parameters(state.model, mode) if state.in_parts else nullcontext():
+        held = fake_whole_parameters(state.model, mode) if state.in_parts else nullcontext()
+        with step(f"capture of {type(state.model).__name__}"), held:
             program = capture(state.model, *call)
         if state.given is not None:
             check_fits(state.given, program, mesh)

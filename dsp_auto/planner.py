@@ -20,7 +20,7 @@ from .capacity import Capacity, find_capacity
 from .cost_models.compute import Launch, op_launches
 from .cost_models.hardware import Hardware, as_hardware
 from .cost_models.state import TrainingState, as_state
-from .decision import check_fits, record, restore, show_inputs, show_ops
+from .decision import check_fits, check_same, record, restore, show_inputs, show_ops
 from .errors import ConstraintError, DspError, InfeasibleError, LayoutError, PlanError, StrategyError
 from .mesh import Mesh, as_mesh
 from .passes.buckets import Bucket, make_buckets
@@ -56,6 +56,7 @@ from .passes.stages import MAY_STAY_WHOLE, StageGraph, make_stages
 from .passes.summarize import summarize
 from .plain_data import shorten
 from .plan import Plan
+from .progress import log_plan, step
 
 # What the solver gets at least, where other spaces took the time.
 LEAST_SECONDS = 1.0
@@ -334,15 +335,28 @@ def plan(
         keep_whole=keep_whole,
     )
     abstract = as_mesh(mesh)
-    program = capture(model, args, kwargs)
+    with step(f"capture of {type(model).__name__}"):
+        program = capture(model, args, kwargs)
     with _no_garbage_collection():
         return plan_prepared(prepare(program, abstract, options))
 
 
 def plan_prepared(prepared: Prepared) -> Plan:
     """The best plan, which can say what others would cost."""
-    solution = decide(prepared)
+    with step(f"solving for {prepared.mesh}"):
+        solution = decide(prepared)
     found = finish(prepared, solution)[0]
+    log_plan(found)
+    found.ask_with(lambda modules: find_alternatives(prepared, solution, found, modules))
+    return found
+
+
+def plan_given(program: Program, mesh: Mesh, plan: Plan) -> Plan:
+    """A plan that was made before, as it is for `program`; which can say what others would cost. Raises PlanError where it is
+    one of something else, or sends something else than it says."""
+    prepared, solution = prepare_given(program, mesh, plan)
+    found = finish(prepared, solution)[0]
+    check_same(plan, found)
     found.ask_with(lambda modules: find_alternatives(prepared, solution, found, modules))
     return found
 

@@ -26,6 +26,7 @@ from .passes.solve import Solution
 from .plan import Plan
 from .planner import Options, Prepared, decide, prepare, prepare_given
 from .predict import Issued, trace_rank
+from .progress import step
 from .rehearse import Rehearsed, run
 from .verify import Traffic
 from .watch import TOLERANCES, Difference, first_difference
@@ -132,10 +133,12 @@ def verify(
         plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     model, args, kwargs = materialize(model, tuple(args), dict(kwargs or {}), seed)
     _check_device(model, args, kwargs)
-    program = capture(model, args, kwargs)
+    with step(f"capture of {type(model).__name__}"):
+        program = capture(model, args, kwargs)
     if plan is None:
         prepared = prepare(program, mesh, chosen)
-        solution = decide(prepared)
+        with step(f"solving for {mesh}"):
+            solution = decide(prepared)
     else:
         prepared, solution = prepare_given(program, mesh, plan)
     prepared, solution, note = _drawn_serially(prepared, solution)
@@ -144,7 +147,8 @@ def verify(
     allowed = (max(own[0] for own in admitted), max(own[1] for own in admitted))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _verify(model, args, kwargs, prepared, solution, allowed, note)
+        with step(f"running {mesh.ranks} ranks"):
+            return _verify(model, args, kwargs, prepared, solution, allowed, note)
 
 
 def _verify(
@@ -169,9 +173,9 @@ def _verify(
         failure = str(error)
     if found is None:
         return Verification(rehearsed.plan, None, None, allowed, first, failure, (), (0, 0), note)
-    step = trace_rank(prepared, solution, rehearsed.graphs[0])
+    launched = trace_rank(prepared, solution, rehearsed.graphs[0])
     # The ranks' agreement on the call comes before the program.
-    predicted = sum(isinstance(event, Issued) for event in (*step.forward[1:], *step.backward))
+    predicted = sum(isinstance(event, Issued) for event in (*launched.forward[1:], *launched.backward))
     issued = sum(count for count, _ in found.ranks[0].sent.values())
     return Verification(
         rehearsed.plan,

@@ -177,6 +177,8 @@ def test_the_command_constrains_explains_and_diffs(capsys, tmp_path):
     steered = ["--constraint", "blocks.*.mlp=sp:S", "head=sp:-", "--keep-whole", "embed"]
     assert cli.main(["explain", *ARGV, *SIZES, "--out", second, *steered]) == 0
     capsys.readouterr()
+    assert cli.main(["explain", ARGV[0], "--mesh", "4", *SIZES, "--plan", second, "--why", "head"]) == 0
+    assert "as planned" in capsys.readouterr().out
     options = dsp_auto.Plan.load(second).decision["options"]
     assert options["constraints"] == {"blocks.*.mlp": {"sp": "S"}, "head": {"sp": None}} and options["keep_whole"] == ["embed"]
     assert cli.main(["diff", first, second]) == 0
