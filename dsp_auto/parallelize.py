@@ -379,8 +379,8 @@ class ParallelModule(nn.Module):
         state, mesh = self._dsp, as_mesh(self._dsp.mesh)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         call = _whole_arguments(mode, args, kwargs, shapes) if shapes or state.in_parts else (args, kwargs)
-        held = fake_whole_parameters(state.model, mode) if state.in_parts else nullcontext()
-        with step(f"capture of {type(state.model).__name__}"), held:
+        parameters = fake_whole_parameters(state.model, mode) if state.in_parts else nullcontext()
+        with step(f"capture of {type(state.model).__name__}"), parameters:
             program = capture(state.model, *call)
         if state.given is not None:
             check_fits(state.given, program, mesh)

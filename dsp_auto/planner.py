@@ -523,8 +523,9 @@ def finish(
         "plan": prepared.seconds["prepare"] + sum(solution.seconds.values()),
         "rewrite": time.perf_counter() - started,
     }
-    found = summarize(problem, solution, buckets, prepared.options.strategy, prepared.options.capacity, seconds)
-    return replace(found, decision=record(prepared, solution)), graph
+    with _no_garbage_collection():
+        found = summarize(problem, solution, buckets, prepared.options.strategy, prepared.options.capacity, seconds)
+        return replace(found, decision=record(prepared, solution)), graph
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .decision import transfer
-from .errors import DspError, PlanError
+from .errors import DspError, PlanError, first_lines
 from .materialize import materialize
 from .mesh import as_mesh
 from .parallelize import draws
@@ -29,7 +29,7 @@ from .predict import Issued, trace_rank
 from .progress import step
 from .rehearse import Rehearsed, run
 from .verify import Traffic
-from .watch import TOLERANCES, Difference, first_difference
+from .watch import TOLERANCES, Difference, first_difference, watch_one_device
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,15 @@ def _verify(
         rehearsed = Rehearsed.of(model, args, kwargs, prepared, solution)
     except AssertionError as error:  # a rule that says other shapes than its op gives
         return Verification(None, None, None, allowed, None, f"cannot write the programs: {error}", (), (0, 0), note)
+    reference = watch_one_device(rehearsed)
     try:
-        first = first_difference(rehearsed)
+        first = first_difference(rehearsed, reference)
         if first is None or not first.found:
             found = run(rehearsed)
     except DspError as error:
         failure = str(error)
+    except Exception as error:  # whatever a rank raises where the first stage that differs leads to it
+        failure = f"the ranks do not run to the end: {first_lines(error)}"
     if found is None:
         return Verification(rehearsed.plan, None, None, allowed, first, failure, (), (0, 0), note)
     launched = trace_rank(prepared, solution, rehearsed.graphs[0])

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from . import simulate
-from .errors import AgreementError, first_lines
+from .errors import DspError, first_lines
 from .passes.layout import Layout, Partial, R, Shard, V, show_placement
-from .passes.nodes import ValueId, is_getitem
+from .passes.nodes import ValueId, value_id
 from .passes.problem import Problem
 from .passes.stages import OP, Stage
 from .rehearse import Rehearsed, Run, cotangents_of
@@ -88,8 +88,8 @@ class _Watcher(fx.Interpreter):
         storage = self.wanted(node)
         try:
             result = super().run_node(node)
-        except AgreementError:
-            raise  # which says what does not meet
+        except DspError:
+            raise  # which says what it is: collectives that do not meet
         except Exception as error:  # whatever an op raises on operands of the wrong shape
             nearest = storage or next((own for own in map(self.wanted, _following(node)) if own), None)
             self.notes.failed = (nearest, first_lines(error))
@@ -112,11 +112,44 @@ def _following(node: fx.Node) -> Iterator[fx.Node]:
             todo += found.users
 
 
-def first_difference(rehearsed: Rehearsed) -> Difference | None:
+@dataclass(frozen=True)
+class Reference:
+    """What one device makes. cotangents: the gradients that its outputs were given."""
+
+    notes: _Notes
+    cotangents: Sequence[Tensor | None]
+
+
+def watch_one_device(rehearsed: Rehearsed) -> Reference:
+    """Runs the captured program, forward and backward. Raises DspError where it does not run."""
+    program, notes = rehearsed.prepared.program, _Notes()
+    storages = rehearsed.parts.graph.storages
+
+    def captured(node: fx.Node) -> ValueId | None:
+        value = value_id(node)
+        return value if value in storages else None
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            run = Run(_Watcher(rehearsed, program.graph, notes, captured).forward, rehearsed.values, _wanted(rehearsed))
+            cotangents = cotangents_of(program, run.results)
+            run.backward(cotangents)
+        except Exception as error:  # whatever an op raises on values that it was not made for
+            stage = notes.failed and notes.failed[0] and rehearsed.parts.graph.storages[notes.failed[0]]
+            raise DspError(
+                asked="the model does not run on one device",
+                found=first_lines(error),
+                where=(stage and rehearsed.parts.graph.stages[stage.maker].path) or None,
+                remedy="give inputs that it runs on",
+            ) from error
+    return Reference(notes, cotangents)
+
+
+def first_difference(rehearsed: Rehearsed, reference: Reference) -> Difference | None:
     """The first stage of a plan whose result is not what one device has, or in backward the first whose gradient is not; None
-    where all are. Raises AgreementError where the ranks' collectives do not meet."""
+    where all are. Raises AgreementError where collectives do not meet, and DspError where a backward does not run."""
     problem = rehearsed.prepared.problem(rehearsed.solution.space)
-    whole, ranks = _watch(rehearsed, problem)
+    whole, ranks = reference.notes, _watch(rehearsed, reference.cotangents)
     failed = {rank: notes.failed for rank, notes in enumerate(ranks) if notes.failed is not None}
     for found in _forward(rehearsed, problem, whole, ranks):
         return found
@@ -127,38 +160,31 @@ def first_difference(rehearsed: Rehearsed) -> Difference | None:
     return next(_backward(rehearsed, problem, whole, ranks), None)
 
 
-def _watch(rehearsed: Rehearsed, problem: Problem) -> tuple[_Notes, list[_Notes]]:
-    program, parts, values = rehearsed.prepared.program, rehearsed.parts, rehearsed.values
-    storages = problem.graph.storages
-    wanted = [isinstance(value, Tensor) and value.requires_grad for value in values]
+def _watch(rehearsed: Rehearsed, cotangents: Sequence[Tensor | None]) -> list[_Notes]:
+    """All ranks, forward and backward."""
+    parts, wanted = rehearsed.parts, _wanted(rehearsed)
     notes = [_Notes() for _ in rehearsed.graphs]
-    whole = _Notes()
 
-    def captured(node: fx.Node) -> ValueId | None:
-        value = (node.args[0].name, node.args[1]) if is_getitem(node) else (node.name, 0)
-        return value if value in storages else None
+    def on_rank(rank: int) -> None:
+        coordinate = rehearsed.coordinates[rank]
+        watcher = _Watcher(rehearsed, rehearsed.graphs[rank], notes[rank], lambda node: node.meta.get("made"))
+        run = Run(watcher.forward, parts.of_inputs(rehearsed.values, coordinate), wanted)
+        run.backward(parts.of_results(cotangents, coordinate))
 
     with torch.random.fork_rng(devices=[]):
-        state = torch.get_rng_state()
-        alone = Run(_Watcher(rehearsed, program.graph, whole, captured).forward, values, wanted)
-        cotangents = cotangents_of(program, alone.results)
-        alone.backward(cotangents)
-        torch.set_rng_state(state)
-
-        def on_rank(rank: int) -> None:
-            coordinate = rehearsed.coordinates[rank]
-            watcher = _Watcher(rehearsed, rehearsed.graphs[rank], notes[rank], lambda node: node.meta.get("made"))
-            run = Run(watcher.forward, parts.of_inputs(values, coordinate), wanted)
-            run.backward(parts.of_results(cotangents, coordinate))
-
         try:
             simulate.run(len(notes), on_rank)
-        except AgreementError:
+        except DspError:
             raise
-        except Exception:  # of an op, which is noted, or of one in backward
+        except Exception as error:  # of an op: it is noted which; or of one in backward
             if all(own.failed is None for own in notes):
-                raise
-    return whole, notes
+                told = "; ".join(getattr(error, "__notes__", ()))
+                raise DspError(asked="the backward of a rank does not run", found=f"{first_lines(error)} ({told})") from error
+    return notes
+
+
+def _wanted(rehearsed: Rehearsed) -> list[bool]:
+    return [isinstance(value, Tensor) and value.requires_grad for value in rehearsed.values]
 
 
 def _forward(rehearsed: Rehearsed, problem: Problem, whole: _Notes, ranks: Sequence[_Notes]) -> Iterator[Difference]:

@@ -233,6 +233,43 @@ def test_a_plan_of_another_model_is_refused():
         dsp_auto.verify(model, "2", (torch.randn(2, 8, 9, 4),), plan=plan)
 
 
+class Table(nn.Module):
+    """Takes row numbers below 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(4, 8)
+
+    def forward(self, numbers):
+        return self.rows(numbers).softmax(1).softmax(2)
+
+
+def test_a_model_that_does_not_run_on_its_inputs_is_bad_input_and_no_disagreement():
+    with pytest.raises(dsp_auto.DspError, match="rows: the model does not run on one device"):
+        dsp_auto.verify(Table(), "2", (torch.full((2, 6), 9),))
+
+
+def fails_in_backward(x):
+    return _Failing.apply(x)
+
+
+class _Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("no gradient today")
+
+
+def test_a_backward_that_does_not_run_on_a_rank_is_a_disagreement_that_names_the_rank(monkeypatch):
+    _planted(monkeypatch, torch.ops.aten.gelu.default, fails_in_backward)
+    model, args, kwargs = transformer()
+    found = dsp_auto.verify(model, "3", args, kwargs, strategy="dsp")
+    assert not found.agrees and "no gradient today" in found.failure and "rank 1 of 3" in found.failure
+
+
 ARGV = ["verify", "examples.transformer_2d:build", "-a", "layers=1", "hidden=16", "heads=2", "frames=5", "tokens=6"]
 
 
