@@ -145,6 +145,19 @@ def check_fits(plan: Plan, program: Program, mesh: Mesh) -> None:
         raise _differs(f"{here[1]} ({here[0]}) has other arguments or results there", here[2])
 
 
+def find_fitting(plans: Sequence[Plan], program: Program, mesh: Mesh) -> Plan:
+    """The first of some plans that was made for `program`. Raises PlanError where none was: what is wrong with the one that
+    comes nearest, which is of the same mode if any is."""
+    failed: dict[bool, PlanError] = {}
+    for plan in plans:
+        try:
+            check_fits(plan, program, mesh)
+            return plan
+        except PlanError as error:
+            failed.setdefault(plan.decision.get("training") == program.training, error)
+    raise failed.get(True) or failed[False]
+
+
 def restore(prepared: Prepared, plan: Plan) -> Solution:
     """What was decided, in a model that the plan fits (see `check_fits`). Raises PlanError where it cannot be run, or would
     cost something else than it says."""

@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 from .agreement import Agreement
 from .capacity import find_capacity
 from .cost_models.state import TrainingState
-from .decision import check_fits, check_mesh, check_same, restore
-from .errors import DspError, LayoutError, MeshError
+from .decision import check_mesh, check_same, find_fitting, restore
+from .errors import DspError, LayoutError, MeshError, PlanError
 from .groups import group_names, place_in
-from .mesh import as_mesh
+from .mesh import Mesh, as_mesh
 from .parameters import (
     copy_parameters,
     fake_whole_parameters,
@@ -73,7 +73,7 @@ def parallelize(
     rng: str = "parallel",
     constraints: Mapping[str, Mapping[str, str | None]] | None = None,
     keep_whole: Sequence[str] | None = None,
-    plan: Plan | str | PathLike | None = None,
+    plan: Plan | str | PathLike | Sequence[Plan | str | PathLike] | None = None,
     max_signatures: int = 16,
 ) -> ParallelModule:
     """`model` on every rank of `mesh`: same arguments, same results, same gradients, 1/N of the activations.
@@ -91,8 +91,9 @@ def parallelize(
 
     Options as in `dsp_auto.plan`; max_signatures: how many plans are kept, the least recently used goes first.
 
-    plan: one that was made before, or the file that it was saved in. Nothing is solved, its options are those that it was made
-    with, and calls that it was not made for (another shape, dtype or mode) are refused.
+    plan: one that was made before, or the file that it was saved in; or several, for calls of several signatures (training and
+    evaluation). Nothing is solved, the options are those that it was made with, and calls that no plan was made for (another
+    shape, dtype or mode) are refused.
 
     Raises what `plan` raises, PlanError where a plan is not one of this model, call and mesh, and AgreementError where ranks
     differ in inputs, model or plan.
@@ -124,10 +125,8 @@ def parallelize(
         )
     if plan is not None:
         options.check_none()
-        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-        check_mesh(plan, as_mesh(mesh))
-        options = Options.of_plan(plan)
-    parallel = ParallelModule(model, mesh, options, max_signatures, plan)
+        options, given = _given_plans(plan, as_mesh(mesh))
+    parallel = ParallelModule(model, mesh, options, max_signatures, given if plan is not None else ())
     if args is not None or kwargs is not None:
         parallel.prepare(*(args or ()), **(kwargs or {}))
     return parallel
@@ -167,7 +166,7 @@ class _State:
     options: Options
     max_signatures: int
     agreement: Agreement
-    given: Plan | None = None  # to be run as it is
+    given: tuple[Plan, ...] = ()  # to be run as they are
     kept: OrderedDict[tuple, _Prepared] = field(default_factory=OrderedDict)
     latest: _Prepared | None = None
     in_parts: bool = False  # the model's parameters are DTensors over `mesh`
@@ -181,7 +180,12 @@ class ParallelModule(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh, options: Options, max_signatures: int = 16, plan: Plan | None = None
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        options: Options,
+        max_signatures: int = 16,
+        given: tuple[Plan, ...] = (),
     ) -> None:
         super().__init__()
         for shared in _SHARED:
@@ -189,7 +193,7 @@ class ParallelModule(nn.Module):
         self.training = model.training
         # Not as a submodule, which would double every key.
         in_parts = bool(placements_in(model, mesh))
-        self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), plan, in_parts=in_parts)
+        self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), given, in_parts=in_parts)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
@@ -336,15 +340,15 @@ class ParallelModule(nn.Module):
 
     def _prepare(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> _Prepared:
         state, agreement = self._dsp, self._dsp.agreement
-        given = state.given
+        digests = [plan.digest[:12] for plan in state.given]
         agreement.check(
-            "no plan" if given is None else given.digest,
-            lambda: "no plan" if given is None else f"plan {given.digest[:12]}",
+            " ".join(digests),
+            lambda: f"plan {', '.join(digests)}" if digests else "no plan",
             asked="the ranks were given different plans",
             remedy="load one file on every rank",
         )
         options = self._options()
-        ready, whole = agreement.together(lambda: self._ready(args, kwargs, shapes, options))
+        ready, whole, given = agreement.together(lambda: self._ready(args, kwargs, shapes, options))
         if given is None:
             with step(f"solving for {as_mesh(state.mesh)}"):
                 solution = agreement.from_first(lambda: decide(ready))
@@ -374,21 +378,21 @@ class ParallelModule(nn.Module):
 
     def _ready(
         self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], options: Options
-    ) -> tuple[Prepared, frozenset[str]]:
-        """What is to be decided, and the names of the parameters held in parts that the program must be given whole."""
+    ) -> tuple[Prepared, frozenset[str], Plan | None]:
+        """What is to be decided; the names of the parameters held in parts that the program must be given whole; and of the
+        plans that were given the one for this call."""
         state, mesh = self._dsp, as_mesh(self._dsp.mesh)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         call = _whole_arguments(mode, args, kwargs, shapes) if shapes or state.in_parts else (args, kwargs)
         parameters = fake_whole_parameters(state.model, mode) if state.in_parts else nullcontext()
         with step(f"capture of {type(state.model).__name__}"), parameters:
             program = capture(state.model, *call)
-        if state.given is not None:
-            check_fits(state.given, program, mesh)
-        ready = prepare(program, mesh, options)
+        given = find_fitting(state.given, program, mesh) if state.given else None
+        ready = prepare(program, mesh, Options.of_plan(given) if given is not None else options)
         if not state.in_parts:
-            return ready, frozenset()
+            return ready, frozenset(), given
         held, whole = held_layouts(program, ready.factors, mesh, placements_in(state.model, state.mesh))
-        return replace(ready, held=held), whole
+        return replace(ready, held=held), whole, given
 
     def _options(self) -> Options:
         """The options, with what is free now on the rank that has least for the capacity "free"."""
@@ -451,6 +455,24 @@ class ParallelModule(nn.Module):
                 )
             found[id(named[name])] = whole_shape(name, spec, parts, mesh, state.agreement.rank)
         return found
+
+
+def _given_plans(plan: Plan | str | PathLike | Sequence[Any], mesh: Mesh) -> tuple[Options, tuple[Plan, ...]]:
+    """Plans that a user gave, and what all of them were made with as far as it matters before a call."""
+    listed = list(plan) if isinstance(plan, (list, tuple)) else [plan]
+    plans = tuple(own if isinstance(own, Plan) else Plan.load(own) for own in listed)
+    if not plans:
+        raise PlanError(asked="parallelize with a plan", found="an empty list", remedy="give a plan, or leave it out")
+    for own in plans:
+        check_mesh(own, mesh)
+    options = [Options.of_plan(own) for own in plans]
+    if any(own.in_layouts != options[0].in_layouts for own in options):
+        raise PlanError(
+            asked="parallelize with several plans",
+            found="they were made with other in_layouts",
+            remedy="make them with the same ones: inputs must arrive alike in every call",
+        )
+    return options[0], plans
 
 
 def _nothing() -> None:

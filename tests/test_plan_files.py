@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import dsp_auto
 from dsp_auto import planner
@@ -178,6 +179,10 @@ def _runs(rank, ranks, path):
     expected = model(*args, **kwargs)
     parallel = dsp_auto.parallelize(model, mesh, plan=path)
     assert deviation(parallel(*args, **kwargs), expected) <= OUTPUT_TOLERANCE
+    in_parts = {name for name, p in model.named_parameters() if isinstance(p, DTensor) and p.to_local().shape != p.shape}
+    assert in_parts == set(parallel.plan.parameters["in_parts"])
+    parallel.replan()
+    assert deviation(parallel(*args, **kwargs), expected) <= OUTPUT_TOLERANCE
     with pytest.raises(dsp_auto.DspError, match="forward without gradients"), torch.no_grad():
         parallel(*args, **kwargs)
     with pytest.raises(dsp_auto.StrategyError, match="a plan is given, and strategy, rng"):
@@ -185,11 +190,37 @@ def _runs(rank, ranks, path):
     return parallel.plan.digest
 
 
-def test_ranks_run_a_plan_from_a_file(world, tmp_path):
+@pytest.mark.parametrize("strategy", ["dsp", "megatron-lm"])
+def test_ranks_run_a_plan_from_a_file(world, tmp_path, strategy):
     model, args, kwargs = small()
-    plan = dsp_auto.plan(model, "2", args, kwargs, strategy="dsp")
+    plan = dsp_auto.plan(model, "2", args, kwargs, strategy=strategy)
     plan.save(tmp_path / "plan.json")
     assert set(world(2).run(_runs, str(tmp_path / "plan.json"))) == {plan.digest}
+
+
+def _trains_and_evaluates(rank, ranks, paths):
+    model, args, kwargs = small()
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
+    parallel = dsp_auto.parallelize(model, mesh, plan=paths)
+    parallel(*args, **kwargs)
+    with torch.no_grad():
+        assert deviation(parallel(*args, **kwargs), model(*args, **kwargs)) <= OUTPUT_TOLERANCE
+    with pytest.raises(dsp_auto.PlanError, match=r"takes input video float32\[1, 8, 12, 4\] where"):
+        parallel(torch.randn(1, 8, 13, 4))
+    with pytest.raises(dsp_auto.PlanError, match="an empty list"):
+        dsp_auto.parallelize(model, mesh, plan=[])
+    return [plan.digest for plan in parallel.plans]
+
+
+def test_ranks_take_of_several_plans_the_one_for_each_call(world, tmp_path):
+    model, args, kwargs = small()
+    plans = [dsp_auto.plan(model, "2", args, kwargs, strategy="dsp")]
+    with torch.no_grad():
+        plans.append(dsp_auto.plan(model, "2", args, kwargs, strategy="dsp"))
+    paths = [str(tmp_path / f"{number}.json") for number in range(2)]
+    for plan, path in zip(plans, paths):
+        plan.save(path)
+    assert world(2).run(_trains_and_evaluates, paths) == [[plan.digest for plan in plans]] * 2
 
 
 def _refuses(rank, ranks, *paths):
