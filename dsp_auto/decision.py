@@ -118,9 +118,9 @@ def check_mesh(plan: Plan, mesh: Mesh) -> None:
         raise PlanError(
             asked="cannot run this plan", found="it does not say what was decided", remedy="make it again with dsp_auto.plan"
         )
-    made = plan.versions.get("torch")
-    if made != torch.__version__:
-        raise _cannot(f"it was made with torch {made}, this is {torch.__version__}")
+    made, here = (str(version).partition("+")[0] for version in (plan.versions.get("torch"), torch.__version__))
+    if made != here:  # whether one is built for CPU or GPU makes no difference
+        raise _cannot(f"it was made with torch {made}, this is {here}")
     if list(plan.mesh.items()) != list(mesh.whole.items()):
         own = " x ".join(f"{name}={size}" for name, size in plan.mesh.items())
         raise _cannot(f"it is for the mesh {own}, and this one is {mesh}")

@@ -149,6 +149,16 @@ def test_a_plan_that_was_changed_is_refused_and_not_run(edit, says):
     assert says in str(error.value)
 
 
+def test_a_plan_made_on_meta_tensors_with_a_build_for_another_device_is_one_of_the_real_model():
+    with torch.device("meta"):
+        model, args, kwargs = transformer_2d(**SMALL)
+    plan = dsp_auto.plan(model, "2", args, kwargs, strategy="dsp")
+    public = torch.__version__.partition("+")[0]
+    plan = _edited(plan, lambda data: data["versions"].update(torch=f"{public}+cu999"))
+    prepared, solution = prepare_given(capture(*small()), as_mesh("2"), plan)
+    check_same(plan, finish(prepared, solution)[0])
+
+
 def test_figures_that_a_plan_does_not_have_here_are_found():
     program, mesh = made_for()
     prepared = prepare(program, mesh, Options.of())
