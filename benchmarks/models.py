@@ -41,8 +41,9 @@ from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dsp_auto import verify
 from dsp_auto.errors import CaptureError, DspError
+from dsp_auto.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, traffic
+from dsp_auto.verify import compare as compare_on_ranks
 from tests.world import RankError, World
 from tests.zoo.public import MODELS
 
@@ -56,7 +57,7 @@ def measure(rank: int, ranks: int, name: str, train: bool, time_limit: float) ->
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # export prints its graphs
         try:
             found = compared(name, train, ranks, time_limit, torch.float32)
-            if found["output"] > verify.OUTPUT_TOLERANCE or found["gradient"] > verify.GRADIENT_TOLERANCE:
+            if found["output"] > OUTPUT_TOLERANCE or found["gradient"] > GRADIENT_TOLERANCE:
                 double = compared(name, train, ranks, time_limit, torch.float64)
                 found |= {"output_float64": double["output"], "gradient_float64": double["gradient"]}
         except DspError as error:
@@ -68,7 +69,7 @@ def measure(rank: int, ranks: int, name: str, train: bool, time_limit: float) ->
 def compared(name: str, train: bool, ranks: int, time_limit: float, dtype: torch.dtype) -> dict[str, Any]:
     model, args, kwargs = built(name, train, dtype)
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
-    found = verify.compare(model, mesh, args, kwargs, backward=train, time_limit=time_limit, rng="serial")
+    found = compare_on_ranks(model, mesh, args, kwargs, backward=train, time_limit=time_limit, rng="serial")
     plan = found.plan
     made = plan.activations
     layouts: Counter[str] = Counter()
@@ -145,7 +146,7 @@ def ask(world: World, name: str, train: bool, time_limit: float) -> dict[str, An
         plan = row.pop("plan")
         measured = [entry["measured"] for entry in rows]
         row["output"], row["gradient"] = (max(entry[key] for entry in rows) for key in ("output", "gradient"))
-        row["bytes_agree"] = all(entry.agrees for entry in verify.traffic(plan, measured))
+        row["bytes_agree"] = all(entry.agrees for entry in traffic(plan, measured))
         del row["measured"]
     return row
 
@@ -167,9 +168,9 @@ def summary(models: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]
     checks = {
         "planned and run": lambda row, mode: row["planned"] and "output" in row,
         "no replicated stage above 1%": lambda row, mode: passes(row),
-        "forward equal to one device": lambda row, mode: is_equal(row, "output", verify.OUTPUT_TOLERANCE),
+        "forward equal to one device": lambda row, mode: is_equal(row, "output", OUTPUT_TOLERANCE),
         "gradients equal to one device": lambda row, mode: (
-            mode == "eval" or is_equal(row, "gradient", verify.GRADIENT_TOLERANCE)
+            mode == "eval" or is_equal(row, "gradient", GRADIENT_TOLERANCE)
         ),
         "wire bytes as predicted": lambda row, mode: row.get("bytes_agree", False),
     }

@@ -31,6 +31,8 @@ from typing import Any
 from dsp_auto.errors import StrategyError
 
 FORMAT = 1
+LONGEST = 300  # characters of what is told of a wrong entry
+LARGEST = 1e30  # of any number in a profile, and one over it the smallest of a rate: products stay numbers
 RINGS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # how often the data go round
 KINDS = ("all_to_all", *RINGS, "send")
 
@@ -207,7 +209,7 @@ class Hardware:
         """Raises StrategyError where `text` is no profile: what is wrong, and with which entry."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _malformed(where, f"not JSON ({error})") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
@@ -245,6 +247,7 @@ def _plain(value: Any) -> Any:
 
 
 def _malformed(where: str, found: str) -> StrategyError:
+    found = found if len(found) <= LONGEST else f"{found[:LONGEST]} …"
     return StrategyError(
         asked=f"cannot read {where}", found=found, remedy="write it anew with `dsp-auto calibrate --out FILE`"
     )
@@ -333,8 +336,8 @@ class _Reader:
         return value
 
     def _number(self, value: Any, place: str, above: float | None = None, most: float = math.inf) -> float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or value > most or (value < 0 if above is None else value <= above):
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+        if not fits or value > most or (value < 0 if above is None else value <= above + 1 / LARGEST):
             wanted = "0 or more" if above is None else f"above {above:g}"
             raise _malformed(self.where, f"{place} is {value!r}, not a number {wanted}")
         return float(value)
@@ -420,7 +423,7 @@ def as_hardware(hardware: str | PathLike | Hardware | None) -> Hardware | None:
     if isinstance(hardware, (str, PathLike)) and str(hardware).endswith(".json"):
         try:
             text = Path(hardware).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise StrategyError(
                 asked=f"hardware {str(hardware)!r}", found=f"cannot read it ({error})", remedy="name a file that exists"
             ) from error

@@ -5,11 +5,13 @@ from .cost_models.state import TrainingState
 from .errors import (
     AgreementError,
     CaptureError,
+    ConstraintError,
     DspError,
     InfeasibleError,
     LayoutError,
     MeshError,
     NoShardableFactorError,
+    PlanError,
     ProofError,
     RuleError,
     StrategyError,
@@ -19,11 +21,13 @@ from .parallelize import ParallelModule, parallelize
 from .passes.register import register_rule
 from .plan import Plan
 from .planner import plan
+from .verification import Verification, verify
 
 __all__ = [
     "AgreementError",
     "CaptureError",
     "Comparison",
+    "ConstraintError",
     "DspError",
     "Fit",
     "InfeasibleError",
@@ -32,13 +36,16 @@ __all__ = [
     "NoShardableFactorError",
     "ParallelModule",
     "Plan",
+    "PlanError",
     "ProofError",
     "RuleError",
     "StrategyError",
     "TrainingState",
+    "Verification",
     "compare",
     "fit",
     "parallelize",
     "plan",
     "register_rule",
+    "verify",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,9 @@ from .errors import StrategyError, first_lines
 # memory past it (the CUDA context and its kernels, NCCL's buffers for each communicator and channel). A round number, 4 GB of
 # 80 GB; `torch.cuda.memory_reserved() - memory_allocated()` at the peak, and what nvidia-smi shows beyond that, are yours.
 RESERVE = 0.05
+
+# No device has an exbibyte, and a solver cannot tell such numbers apart.
+MOST = 2**60
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -51,7 +53,7 @@ def parse_capacity(capacity: int | str | None) -> int | str | None:
         return None if capacity is None else "free"
     number, unit = _split(capacity)
     amount = float(number) * _UNITS.get(unit, 1) if number else 0.0
-    if not 1 <= amount < math.inf or unit not in ("", *_UNITS):
+    if not 1 <= amount < MOST or unit not in ("", *_UNITS):
         raise StrategyError(
             asked=f"capacity {capacity!r}",
             found="not an amount of memory",

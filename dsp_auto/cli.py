@@ -1,5 +1,5 @@
-"""`dsp-auto`: explain a plan, compare strategies, find how few GPUs a model fits on, show on this computer that plans are
-right, tell the rule of an op, or measure a mesh."""
+"""`dsp-auto`: explain a plan, verify it on this computer, tell two apart, compare strategies, find how few GPUs a model fits
+on, run a demo, tell the rule of an op, or measure a mesh."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,14 +27,21 @@ from .fit import fit as fit_strategies
 from .mesh import as_mesh
 from .passes.capture import capture
 from .passes.presets import PRESETS
-from .planner import Options, decide, finish, prepare
+from .plain_data import shorten
+from .plan import Plan
+from .planner import Options, plan_given, plan_prepared, prepare
+from .progress import step
 from .show_memory import show_memory
 from .suggest import what_would_fit
+from .verification import verify as verify_plan
+
+# Characters of an error on stderr.
+LONGEST = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 1 where `demo` finds a disagreement, or 2 where `compare` or `fit` finds no strategy that can run; and 2
-    with one line on stderr where the input is bad, and more where `explain` finds what would fit."""
+    """Exit code: 0, or 1 where `demo` or `verify` finds a disagreement, or 2 where `compare` or `fit` finds no strategy that
+    can run; and 2 with one line on stderr where the input is bad, and more where `explain` finds what would fit."""
     try:
         options = _parser().parse_args(argv)
         return options.run(options)
@@ -45,20 +53,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr), _call(options) as (args, given):  # stdout is for the plan alone
         model, mesh, *call = args
+        made = None if options.plan is None else Plan.load(options.plan)
         chosen, mesh = Options.of(strategy=options.strategy, **given), as_mesh(mesh)
-        program = capture(model, *call)
+        if made is not None:
+            replace(chosen, dim_names=None).check_none()
+        with step(f"capture of {type(model).__name__}"):
+            program = capture(model, *call)
         try:
-            prepared = prepare(program, mesh, chosen)
-            found = finish(prepared, decide(prepared))[0]
+            if made is not None:
+                found = plan_given(program, mesh, made)
+            else:
+                found = plan_prepared(prepare(program, mesh, chosen))
+            asked = [str(found.explain(modules)) for modules in options.why]
         except InfeasibleError as error:
             _print_error(error)
             for line in what_would_fit(program, mesh, chosen):
                 print(f"    {line}", file=sys.stderr)
             return 2
+        if options.out is not None:
+            found.save(options.out)
     if options.json:
         print(found.to_json(indent=2))
     else:
-        print(f"{found}\n\n{show_memory(found)}" if options.memory else found)
+        shown = [str(found), *([show_memory(found)] if options.memory else []), *asked]
+        print("\n\n".join(shown))
+    return 0
+
+
+def diff(options: argparse.Namespace) -> int:
+    print(Plan.load(options.first).diff(Plan.load(options.second)))
     return 0
 
 
@@ -88,6 +111,18 @@ def fit(options: argparse.Namespace) -> int:
     return 0 if found.fits else 2
 
 
+def verify(options: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        torch.manual_seed(options.seed)
+        with _call(options, real=True) as (args, given):
+            given |= {"strategy": options.strategy, "rng": options.rng}
+            if options.plan is not None:
+                given["dim_names"] = None  # the factory's; a plan has its own
+            found = verify_plan(*args, plan=options.plan, seed=options.seed, **given)
+    print(found)
+    return 0 if found.agrees else 1
+
+
 def demo(options: argparse.Namespace) -> int:
     from .demo import run  # needs torch.distributed, which planning does not
 
@@ -109,11 +144,11 @@ def rules(options: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _call(options: argparse.Namespace) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """What `plan` and `compare` are both called with: model, mesh, args and kwargs, and options by name."""
+def _call(options: argparse.Namespace, real: bool = False) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """What `plan`, `compare` and `verify` are called with: model, mesh, args and kwargs, and options by name."""
     factory, arguments = _load(options.target), _arguments(options.argument)
     given = _planning(options, factory)
-    model, args, kwargs = build(factory, options.target, arguments)
+    model, args, kwargs = build(factory, options.target, arguments, real)
     if options.inference:
         model.eval()
     with torch.set_grad_enabled(not options.inference):
@@ -131,6 +166,8 @@ def _planning(options: argparse.Namespace, factory: Callable[..., Any]) -> dict[
         "recompute": options.recompute,
         "hardware": options.hardware,
         "shard_parameters": options.shard_parameters,
+        "constraints": _constraints(options.constraint) or None,
+        "keep_whole": options.keep_whole or None,
         "dim_names": _pairs("--dim-names", options.dim_names) or getattr(factory, "dim_names", None),
     }
 
@@ -198,7 +235,7 @@ def _arguments(given: Sequence[str]) -> dict[str, Any]:
     for name, text in _pairs("-a", given).items():
         try:
             found[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply to be read
             found[name] = text
     return found
 
@@ -215,8 +252,24 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _constraints(given: Sequence[str]) -> dict[str, dict[str, str | None]]:
+    """`blocks.*.attn=sp:T`; `sp:-` for what is not to be sharded over sp."""
+    found: dict[str, dict[str, str | None]] = {}
+    for entry in given:
+        modules, equals, wanted = entry.partition("=")
+        mesh_dim, colon, factor = wanted.partition(":")
+        if not (modules and equals and mesh_dim and colon and factor):
+            raise DspError(
+                asked=f"--constraint {entry!r}",
+                found="no module, mesh dim and factor",
+                remedy='write it as --constraint "blocks.*.attn=sp:T", or sp:- for what is not to be sharded over sp',
+            )
+        found.setdefault(modules, {})[mesh_dim] = None if factor == "-" else factor
+    return found
+
+
 def _print_error(error: DspError) -> None:
-    print(f"dsp-auto: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"dsp-auto: {shorten(' '.join(str(error).split()), LONGEST)}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -234,13 +287,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_mesh(entry)
     _add_planning(entry)
     entry.add_argument("--json", action="store_true", help="the plan as JSON")
-    entry.add_argument("--memory", action="store_true", help="what a device holds too, in total and block by block")
+    entry.add_argument("--out", metavar="FILE", help="write the plan there, as JSON, for `parallelize(plan=FILE)`")
+    entry.add_argument("--plan", metavar="FILE", help="a plan that --out wrote, in place of planning")
     entry.add_argument(
-        "--strategy",
-        choices=PRESETS,
-        help='without it, "dsp" for a model of several long sequences, else "auto" with whole parameters',
+        "--why",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULES",
+        help="what every other layout of the ops in these modules would cost, too: blocks.3.attn",
     )
+    entry.add_argument("--memory", action="store_true", help="what a device holds too, in total and block by block")
+    _add_strategy(entry)
     entry.add_argument("--hardware", metavar="PROFILE", help=f'{_HARDWARE} for the objective "time"; h100 without it')
+
+    entry = commands.add_parser("diff", help="print what two plans do differently", description=_DIFF)
+    entry.set_defaults(run=diff)
+    entry.add_argument("first", metavar="FIRST", help="a plan that `explain --out` or `Plan.save` wrote")
+    entry.add_argument("second", metavar="SECOND", help="another")
 
     entry = commands.add_parser("compare", help="print what each strategy would send and take", description=_COMPARE)
     entry.set_defaults(run=compare)
@@ -286,6 +350,16 @@ def _parser() -> argparse.ArgumentParser:
     entry.add_argument("--example", help='a call: sizes of tensors and other arguments, "2x5x8, 2x7x8:bfloat16, dim=1"')
     entry.add_argument("--inference", action="store_true", help="look for a rule without gradients")
 
+    entry = commands.add_parser("verify", help="run a plan on this computer, and compare with one device", description=_VERIFY)
+    entry.set_defaults(run=verify)
+    _add_mesh(entry)
+    _add_planning(entry)
+    _add_strategy(entry)
+    entry.add_argument("--hardware", metavar="PROFILE", help=f'{_HARDWARE} for the objective "time"; h100 without it')
+    entry.add_argument("--rng", default="parallel", help='"parallel" (the default) or "serial": see dsp_auto.plan')
+    entry.add_argument("--plan", metavar="FILE", help="a plan that `explain --out` wrote, in place of planning")
+    entry.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights, inputs and what the model draws (0)")
+
     from . import calibrate
 
     entry = commands.add_parser("calibrate", help="measure this mesh and write a hardware profile")
@@ -296,6 +370,12 @@ def _parser() -> argparse.ArgumentParser:
 
 _EXPLAIN = """Plan TARGET's model on fake tensors: no weights, no GPU, no processes, whatever the size of the mesh.
 TARGET names a function that returns (model, args, kwargs)."""
+
+_DIFF = """Print the options, stages, collectives, blocks recomputed and totals that differ between two plans."""
+
+_VERIFY = """Plan TARGET's model, run all ranks in this process on real numbers, forward and backward, and compare every stage,
+output and gradient with one device, and what is sent with the plan. Choose small sizes (-a): one process holds everything. Exit
+code 1 where anything differs, with the first stage that does."""
 
 _COMPARE = """Plan TARGET's model under each strategy, as `explain` does, and predict a step of each. Exit code 2 where none can
 run it. Per block (or, with --layers, per layer) is the mean over them."""
@@ -355,12 +435,37 @@ def _add_planning(parser: argparse.ArgumentParser, capacity_required: bool = Fal
     )
     parser.add_argument("--inference", action="store_true", help="plan the forward of model.eval() without gradients")
     parser.add_argument(
+        "--constraint",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULES=DIM:FACTOR",
+        help='what ops in some modules shard over a mesh dim: "blocks.*.attn=sp:T", and sp:- for nothing',
+    )
+    parser.add_argument(
+        "--keep-whole", nargs="+", action="extend", default=[], metavar="MODULES", help="modules whose ops shard nothing"
+    )
+    parser.add_argument(
         "--dim-names",
         nargs="+",
         action="extend",
         default=[],
         metavar="INPUT=DIMS",
         help="names of an input's dims: video=\"B T S C\"; else the factory's own attribute dim_names",
+    )
+
+
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no number from 0 to 2**63")
+    return int(text)
+
+
+def _add_strategy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strategy",
+        choices=PRESETS,
+        help='without it, "dsp" for a model of several long sequences, else "auto" with whole parameters',
     )
 
 

@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from .cost_models.hardware import Hardware
-from .errors import DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
+from .errors import ConstraintError, DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
 from .mesh import Mesh, as_mesh
 from .passes.capture import Program, capture
 from .passes.nodes import is_getitem, module_path
@@ -27,6 +27,7 @@ from .passes.presets import PRESETS
 from .plan import Plan
 from .planner import Options, decide, finish, prepare
 from .predict import Issued, Prediction, Trace, trace, trace_rank
+from .progress import step
 from .units import show_bytes, show_seconds
 
 FORMAT = 1
@@ -211,7 +212,8 @@ def compare(
     abstract = as_mesh(mesh)
     profile = next(iter(chosen.values())).hardware
     profile.on(abstract.whole)  # which refuses a mesh that it was not measured on
-    program = capture(model, args, kwargs)
+    with step(f"capture of {type(model).__name__}"):
+        program = capture(model, args, kwargs)
     return Comparison(
         mesh=abstract.whole,
         hardware=profile.name,
@@ -242,19 +244,20 @@ def count_blocks(program: Program) -> int:
 def _candidate(program: Program, mesh: Mesh, strategy: str, options: Options) -> Candidate:
     try:
         prepared = prepare(program, mesh, options)
-        solution = decide(prepared)
-    except (NoShardableFactorError, MeshError, InfeasibleError) as error:
+        with step(f"solving for {mesh} with strategy {strategy}"):
+            solution = decide(prepared)
+    except (ConstraintError, NoShardableFactorError, MeshError, InfeasibleError) as error:
         return Candidate(strategy, error=type(error).__name__, reason=str(error))
     plan, graph = finish(prepared, solution)
-    step = trace_rank(prepared, solution, graph)
-    own = _trace_parameters(program, graph, step.mesh)
+    launched = trace_rank(prepared, solution, graph)
+    own = _trace_parameters(program, graph, launched.mesh)
     parameters = {FORWARD: _collectives(own.forward), BACKWARD: _collectives(own.backward)}
     # The ranks' agreement on the call comes before the program.
-    everything = {FORWARD: _collectives(step.forward[1:]), BACKWARD: _collectives(step.backward)}
+    everything = {FORWARD: _collectives(launched.forward[1:]), BACKWARD: _collectives(launched.backward)}
     return Candidate(
         strategy,
         plan,
-        step.on(options.hardware),
+        launched.on(options.hardware),
         {
             **{way: _less(everything[way], parameters[way]) for way in (FORWARD, BACKWARD)},
             PARAMETERS: _collectives((*own.forward, *own.backward)),

@@ -9,9 +9,10 @@ from typing import Any
 from tabulate import tabulate
 from torch.distributed.device_mesh import init_device_mesh
 
-from . import verify
 from .examples.transformer_2d import build
 from .spawn import spawn
+from .verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Comparison, traffic
+from .verify import compare as compare_on_ranks
 
 # Neither 51 frames nor 250 tokens divide by 4: uneven shards are the normal case.
 SIZES = {"layers": 2, "hidden": 64, "heads": 4, "frames": 51, "tokens": 250, "batch": 1}
@@ -32,17 +33,17 @@ def run(ranks: int = 4, sizes: Mapping[str, Any] | None = None) -> bool:
     return agrees
 
 
-def describe(found: Sequence[verify.Comparison]) -> tuple[str, bool]:
+def describe(found: Sequence[Comparison]) -> tuple[str, bool]:
     """The ranks' comparisons as a report for people, and whether all is as it should be."""
     output = max(one.output for one in found)
     gradient, name = max(one.worst for one in found)
     deviations = [
-        ["outputs", f"{output:.1e}", f"{verify.OUTPUT_TOLERANCE:.0e}", _verdict(output <= verify.OUTPUT_TOLERANCE)],
+        ["outputs", f"{output:.1e}", f"{OUTPUT_TOLERANCE:.0e}", _verdict(output <= OUTPUT_TOLERANCE)],
         [
             f"gradients, worst {name}",
             f"{gradient:.1e}",
-            f"{verify.GRADIENT_TOLERANCE:.0e}",
-            _verdict(gradient <= verify.GRADIENT_TOLERANCE),
+            f"{GRADIENT_TOLERANCE:.0e}",
+            _verdict(gradient <= GRADIENT_TOLERANCE),
         ],
     ]
     wire = [
@@ -54,7 +55,7 @@ def describe(found: Sequence[verify.Comparison]) -> tuple[str, bool]:
             f"{entry.measured:,.12g}",
             "equal" if entry.agrees else "DIFFERENT",
         ]
-        for entry in verify.traffic(found[0].plan, [one.measured for one in found])
+        for entry in traffic(found[0].plan, [one.measured for one in found])
     ]
     agrees = all(row[-1] == "ok" for row in deviations) and all(row[-1] == "equal" for row in wire)
     head = ["largest deviation from one device", "relative", "allowed", ""]
@@ -68,13 +69,13 @@ def describe(found: Sequence[verify.Comparison]) -> tuple[str, bool]:
     return "\n\n".join(parts), agrees
 
 
-def compare(rank: int, ranks: int, sizes: Mapping[str, Any]) -> verify.Comparison:
+def compare(rank: int, ranks: int, sizes: Mapping[str, Any]) -> Comparison:
     """On a rank: the same model as on the others, against its parallel self."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
     model, (video,), kwargs = build(**{**SIZES, **sizes})
     video.requires_grad_()
     options = {"dim_names": build.dim_names, "strategy": "dsp"}
-    return verify.compare(model, mesh, (video,), kwargs, inputs=[video], **options)
+    return compare_on_ranks(model, mesh, (video,), kwargs, inputs=[video], **options)
 
 
 def _verdict(fits: bool) -> str:

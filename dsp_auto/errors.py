@@ -35,6 +35,10 @@ class LayoutError(DspError):
     """A layout that does not exist: a factor the tensor lacks, one shard too many, mesh dims that clash."""
 
 
+class ConstraintError(LayoutError):
+    """An op of the model has no strategy that the user's constraints leave."""
+
+
 class MeshError(DspError):
     """The mesh is larger than every shardable factor, or is not a mesh this process knows."""
 
@@ -49,6 +53,10 @@ class StrategyError(DspError):
 
 class AgreementError(DspError):
     """The ranks do not hold the same plan, model or inputs."""
+
+
+class PlanError(DspError):
+    """What should be a plan is none, or it is one of another model, mesh or version."""
 
 
 class RuleError(DspError):

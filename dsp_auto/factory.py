@@ -6,6 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -14,9 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .errors import DspError
 
 
-def build(factory: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, tuple, dict]:
-    """What `factory(**arguments)` returns, (model, args, kwargs), on fake tensors; for real where it does not run under those,
-    which is said on stderr. name: of the factory, for errors.
+def build(
+    factory: Callable[..., Any], name: str, arguments: Mapping[str, Any], real: bool = False
+) -> tuple[nn.Module, tuple, dict]:
+    """What `factory(**arguments)` returns, (model, args, kwargs), on fake tensors; for real where that is asked for, and where
+    it does not run under those, which is said on stderr. name: of the factory, for errors.
 
     Raises DspError where it does not take the arguments, fails, or returns something else.
     """
@@ -26,10 +29,12 @@ def build(factory: Callable[..., Any], name: str, arguments: Mapping[str, Any]) 
         remedy = f"it takes {inspect.signature(factory)}"
         raise DspError(asked=f"cannot call {name}", found=str(error), remedy=remedy) from error
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy of a module does
             built = factory(**arguments)
     except Exception as fake_error:  # whatever the user's code raises under fake tensors
+        if real:
+            raise DspError(asked=f"{name} fails", found=reason(fake_error)) from fake_error
         print(f"dsp-auto: building {name} for real: under fake tensors {reason(fake_error)}", file=sys.stderr)
         try:
             built = factory(**arguments)

@@ -23,7 +23,7 @@ from torch import nn
 from .capacity import find_capacity
 from .cost_models.hardware import Hardware
 from .cost_models.state import TrainingState, as_state
-from .errors import DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
+from .errors import ConstraintError, DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
 from .factory import build
 from .longest import Longest, find_longest
 from .mesh import as_mesh
@@ -304,7 +304,7 @@ class _Search:
             except InfeasibleError as error:
                 least[recompute] = (ranks, error.least_bytes)
                 failed.append((ranks, error))
-            except (MeshError, NoShardableFactorError) as error:
+            except (ConstraintError, MeshError, NoShardableFactorError) as error:
                 failed.append((ranks, error))
             except OutOfTimeError:
                 undecided[ranks] = None

@@ -89,7 +89,7 @@ def as_mesh(mesh: Any) -> Mesh:
     if isinstance(mesh, int) and not isinstance(mesh, bool):
         mesh = str(mesh)
     if isinstance(mesh, str):
-        if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", mesh):
+        if not re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", mesh):
             raise MeshError(asked=f"mesh {mesh!r}", found="not a mesh", remedy='write it as "8" or "2x4"')
         sizes = tuple(int(size) for size in mesh.split("x"))
         return Mesh(_default_names(len(sizes)), sizes)

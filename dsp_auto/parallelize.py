@@ -7,7 +7,9 @@ import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +21,10 @@ from torch.utils import _pytree as pytree
 from .agreement import Agreement
 from .capacity import find_capacity
 from .cost_models.state import TrainingState
-from .errors import DspError, LayoutError, MeshError
+from .decision import check_mesh, check_same, find_fitting, restore
+from .errors import DspError, LayoutError, MeshError, PlanError
 from .groups import group_names, place_in
-from .mesh import as_mesh
+from .mesh import Mesh, as_mesh
 from .parameters import (
     copy_parameters,
     fake_whole_parameters,
@@ -34,12 +37,14 @@ from .parameters import (
 )
 from .passes.capture import Program, capture, ordered_kwargs
 from .passes.checkpointing import local_module
+from .passes.factors import Factors
 from .passes.nodes import node_call
 from .passes.rules import why_none
 from .passes.stages import MAY_STAY_WHOLE
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .primitives import before_first_collective
+from .progress import log_plan, step
 from .signature import as_text, describe, named_inputs, signature, whole_shape
 
 # The same containers, not copies: what is loaded, moved or replaced in a parallel module is so in its model.
@@ -66,6 +71,9 @@ def parallelize(
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None,
     time_limit: float = 60.0,
     rng: str = "parallel",
+    constraints: Mapping[str, Mapping[str, str | None]] | None = None,
+    keep_whole: Sequence[str] | None = None,
+    plan: Plan | str | PathLike | Sequence[Plan | str | PathLike] | None = None,
     max_signatures: int = 16,
 ) -> ParallelModule:
     """`model` on every rank of `mesh`: same arguments, same results, same gradients, 1/N of the activations.
@@ -83,7 +91,12 @@ def parallelize(
 
     Options as in `dsp_auto.plan`; max_signatures: how many plans are kept, the least recently used goes first.
 
-    Raises what `plan` raises, and AgreementError where ranks differ in inputs, model or plan.
+    plan: one that was made before, or the file that it was saved in; or several, for calls of several signatures (training and
+    evaluation). Nothing is solved, the options are those that it was made with, and calls that no plan was made for (another
+    shape, dtype or mode) are refused.
+
+    Raises what `plan` raises, PlanError where a plan is not one of this model, call and mesh, and AgreementError where ranks
+    differ in inputs, model or plan.
     """
     options = Options.of(
         capacity,
@@ -101,6 +114,8 @@ def parallelize(
         out_layouts=out_layouts,
         time_limit=time_limit,
         rng=rng,
+        constraints=constraints,
+        keep_whole=keep_whole,
     )
     if not isinstance(mesh, DeviceMesh):
         raise MeshError(
@@ -108,7 +123,10 @@ def parallelize(
             found=f"a {type(mesh).__name__}",
             remedy="pass a DeviceMesh (init_device_mesh)",
         )
-    parallel = ParallelModule(model, mesh, options, max_signatures)
+    if plan is not None:
+        options.check_none()
+        options, given = _given_plans(plan, as_mesh(mesh))
+    parallel = ParallelModule(model, mesh, options, max_signatures, given if plan is not None else ())
     if args is not None or kwargs is not None:
         parallel.prepare(*(args or ()), **(kwargs or {}))
     return parallel
@@ -148,6 +166,7 @@ class _State:
     options: Options
     max_signatures: int
     agreement: Agreement
+    given: tuple[Plan, ...] = ()  # to be run as they are
     kept: OrderedDict[tuple, _Prepared] = field(default_factory=OrderedDict)
     latest: _Prepared | None = None
     in_parts: bool = False  # the model's parameters are DTensors over `mesh`
@@ -160,14 +179,21 @@ class ParallelModule(nn.Module):
     follows what `signature` reads. After a change that it does not see (a plain attribute that `forward` uses), `replan()`.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, options: Options, max_signatures: int = 16) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        options: Options,
+        max_signatures: int = 16,
+        given: tuple[Plan, ...] = (),
+    ) -> None:
         super().__init__()
         for shared in _SHARED:
             self.__dict__[shared] = model.__dict__[shared]
         self.training = model.training
         # Not as a submodule, which would double every key.
         in_parts = bool(placements_in(model, mesh))
-        self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), in_parts=in_parts)
+        self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), given, in_parts=in_parts)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
@@ -192,7 +218,9 @@ class ParallelModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
         state = self._dsp
         copy_parameters(state.model, memo)
-        made = ParallelModule(copy.deepcopy(state.model, memo), state.mesh, state.options, state.max_signatures)
+        made = ParallelModule(
+            copy.deepcopy(state.model, memo), state.mesh, state.options, state.max_signatures, state.given
+        )
         memo[id(self)] = made
         return made
 
@@ -312,11 +340,24 @@ class ParallelModule(nn.Module):
 
     def _prepare(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> _Prepared:
         state, agreement = self._dsp, self._dsp.agreement
+        digests = [plan.digest[:12] for plan in state.given]
+        agreement.check(
+            " ".join(digests),
+            lambda: f"plan {', '.join(digests)}" if digests else "no plan",
+            asked="the ranks were given different plans",
+            remedy="load one file on every rank",
+        )
         options = self._options()
-        ready, whole = agreement.together(lambda: self._ready(args, kwargs, shapes, options))
-        solution = agreement.from_first(lambda: decide(ready))
+        ready, whole, given = agreement.together(lambda: self._ready(args, kwargs, shapes, options))
+        if given is None:
+            with step(f"solving for {as_mesh(state.mesh)}"):
+                solution = agreement.from_first(lambda: decide(ready))
+        else:
+            solution = agreement.together(lambda: restore(ready, given))
         groups = group_names(state.mesh, ready.problem(solution.space).graph.mesh)
         plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups))
+        if given is not None:
+            agreement.together(lambda: check_same(given, plan))
         module = local_module(graph, ready.program.module)
         agreement.check(
             plan.digest + str(ready.program.graph),
@@ -330,30 +371,34 @@ class ParallelModule(nn.Module):
             hold(state.model, state.mesh, parts)
             state.in_parts = True
             state.kept.clear()  # their programs take whole parameters
+        log_plan(plan)
         text = as_text(self._signature(args, kwargs, shapes)[0])
         sources = self._sources(ready.program, whole)
-        return _Prepared(text, plan, module, module.forward, sources, ready.program, _draws(ready))
+        return _Prepared(text, plan, module, module.forward, sources, ready.program, draws(ready.factors))
 
     def _ready(
         self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], options: Options
-    ) -> tuple[Prepared, frozenset[str]]:
-        """What is to be decided, and the names of the parameters held in parts that the program must be given whole."""
+    ) -> tuple[Prepared, frozenset[str], Plan | None]:
+        """What is to be decided; the names of the parameters held in parts that the program must be given whole; and of the
+        plans that were given the one for this call."""
         state, mesh = self._dsp, as_mesh(self._dsp.mesh)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         call = _whole_arguments(mode, args, kwargs, shapes) if shapes or state.in_parts else (args, kwargs)
-        if not state.in_parts:
-            return prepare(capture(state.model, *call), mesh, options), frozenset()
-        with fake_whole_parameters(state.model, mode):
+        parameters = fake_whole_parameters(state.model, mode) if state.in_parts else nullcontext()
+        with step(f"capture of {type(state.model).__name__}"), parameters:
             program = capture(state.model, *call)
-        ready = prepare(program, mesh, options)
+        given = find_fitting(state.given, program, mesh) if state.given else None
+        ready = prepare(program, mesh, Options.of_plan(given) if given is not None else options)
+        if not state.in_parts:
+            return ready, frozenset(), given
         held, whole = held_layouts(program, ready.factors, mesh, placements_in(state.model, state.mesh))
-        return replace(ready, held=held), whole
+        return replace(ready, held=held), whole, given
 
     def _options(self) -> Options:
         """The options, with what is free now on the rank that has least for the capacity "free"."""
         state, agreement = self._dsp, self._dsp.agreement
         capacity = state.options.capacity
-        if capacity is None or capacity.asked != "free":
+        if capacity is None or capacity.asked != "free":  # a plan that was given has bytes
             return state.options
         device = state.mesh.device_type
         tensors = [*state.model.parameters(), *state.model.buffers()]
@@ -412,19 +457,36 @@ class ParallelModule(nn.Module):
         return found
 
 
+def _given_plans(plan: Plan | str | PathLike | Sequence[Any], mesh: Mesh) -> tuple[Options, tuple[Plan, ...]]:
+    """Plans that a user gave, and what all of them were made with as far as it matters before a call."""
+    listed = list(plan) if isinstance(plan, (list, tuple)) else [plan]
+    plans = tuple(own if isinstance(own, Plan) else Plan.load(own) for own in listed)
+    if not plans:
+        raise PlanError(asked="parallelize with a plan", found="an empty list", remedy="give a plan, or leave it out")
+    for own in plans:
+        check_mesh(own, mesh)
+    options = [Options.of_plan(own) for own in plans]
+    if any(own.in_layouts != options[0].in_layouts for own in options):
+        raise PlanError(
+            asked="parallelize with several plans",
+            found="they were made with other in_layouts",
+            remedy="make them with the same ones: inputs must arrive alike in every call",
+        )
+    return options[0], plans
+
+
 def _nothing() -> None:
     pass
 
 
-def _draws(ready: Prepared) -> bool:
+def draws(factors: Factors) -> bool:
     """Whether the program draws random numbers, as far as its rules know; an op without a rule may."""
     seeded = torch.Tag.nondeterministic_seeded
-    ops = ready.factors.ops
     return any(
         op.rule.is_random
         if op.rule
         else seeded in getattr(op.node.target, "tags", ()) or "random" in why_none(node_call(op.node))
-        for op in ops
+        for op in factors.ops
     )
 
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from .errors import DspError
+from .errors import PlanError
+from .plain_data import COUNT, NOTHING, NUMBER, POSITIVE, Either, check, load_json
+from .plan_diff import show_diff
 from .units import show_bytes
 
-FORMAT = 4
+if TYPE_CHECKING:
+    from .alternatives import Alternatives
+
+FORMAT = 5
+_ASK = "_ask"
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Plan:
     without_rule: ops that no rule covers and that therefore run replicated, and why none does. random: ops that draw random
         numbers and run replicated, so that all ranks draw the same.
     seconds: what making the plan took. solver: what the solver said; bytes, or seconds for the objective "time".
+    decision: all that running the plan takes without solving again, and what it was made for; see `decision`.
     """
 
     mesh: Mapping[str, int]
@@ -95,6 +104,52 @@ class Plan:
     seconds: Mapping[str, float]
     solver: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)
+    decision: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | PathLike) -> None:
+        """Writes the plan as JSON, which `Plan.load` reads. Raises PlanError where the file cannot be written."""
+        try:
+            Path(path).write_text(self.to_json(indent=1) + "\n", encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PlanError(asked=f"cannot write the plan to {str(path)!r}", found=str(error)) from error
+
+    @classmethod
+    def load(cls, path: str | PathLike) -> Plan:
+        """The plan that `save` wrote. Raises PlanError where there is no such file, or no plan in it."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                asked=f"cannot read the plan {str(path)!r}", found=str(error), remedy="name a file that Plan.save wrote"
+            ) from error
+        return cls.from_json(text)
+
+    def explain(self, modules: str) -> Alternatives:
+        """What every other layout of the ops in `modules` ("blocks.3.attn", "blocks.*.attn") would cost in all: wire bytes or
+        seconds, and peak memory. Prints as a table. Each is planned for anew, which takes as long as planning did.
+
+        Raises LayoutError where the model has no such module, and PlanError for a plan that was read from a file or belongs to
+        a parallel module: it does not hold the model that it was made of.
+        """
+        ask = self.__dict__.get(_ASK)
+        if ask is None:
+            raise PlanError(
+                asked=f"cannot explain {modules}",
+                found="this plan does not hold the model that it was made of",
+                remedy="make it with dsp_auto.plan, or ask `dsp-auto explain TARGET --why`",
+            )
+        return ask(modules)
+
+    def ask_with(self, ask: Callable[[str], Alternatives]) -> None:
+        """What answers `explain`; no part of the plan."""
+        self.__dict__[_ASK] = ask
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != _ASK}
+
+    def diff(self, other: Plan) -> str:
+        """What the other plan does otherwise, in tables: options, blocks recomputed, what ops shard, collectives, totals."""
+        return show_diff(self, other)
 
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON text, which `Plan.from_json` reads."""
@@ -114,27 +169,28 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> Plan:
-        """The plan that `to_json` or `to_dict` gave. Raises DspError where the data is none."""
-        try:
-            data = dict(json.loads(data) if isinstance(data, str) else data)
-            if data.pop("format", None) != FORMAT:
-                raise DspError(
-                    asked="this is no plan", found=f"its format is not {FORMAT}", remedy="make the plan again"
-                )
-            stages = tuple(
-                PlanStage(
-                    **{
-                        **stage,
-                        "computes_over": tuple(stage["computes_over"]),
-                        "enter": tuple(Enter.from_dict(entry) for entry in stage["enter"]),
-                    }
-                )
-                for stage in data.pop("stages")
+        """The plan that `to_json` or `to_dict` gave. Raises PlanError where the data is none: which entry is not as it was
+        written."""
+        data = load_json(data, "plan") if isinstance(data, str) else data
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else None
+            raise PlanError(
+                asked="this is no plan", found=f"its format is not {FORMAT} but {str(found)[:20]}", remedy="make the plan again"
             )
-            lists = {name: tuple(data.pop(name)) for name in ("factors", "recomputed", "rules", "without_rule", "random")}
-            return cls(stages=stages, **lists, **data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DspError(asked="this is no plan", found=f"{type(error).__name__}: {error}") from error
+        check(data, _SHAPE, "plan")
+        data = {name: value for name, value in data.items() if name != "format"}
+        stages = tuple(
+            PlanStage(
+                **{
+                    **stage,
+                    "computes_over": tuple(stage["computes_over"]),
+                    "enter": tuple(Enter.from_dict(entry) for entry in stage["enter"]),
+                }
+            )
+            for stage in data.pop("stages")
+        )
+        lists = {name: tuple(data.pop(name)) for name in ("factors", "recomputed", "rules", "without_rule", "random")}
+        return cls(stages=stages, **lists, **data)
 
     @property
     def digest(self) -> str:
@@ -162,9 +218,10 @@ class Plan:
             disable_numparse=True,
             colalign=("right", "left", "right", "left", "left", "left", "right", "right"),
         )
-        return f"{self._headline()}\n\n{table}\n\n{self._totals()}"
+        return f"{self.headline()}\n\n{table}\n\n{self._totals()}"
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
+        """Mesh, strategy, objective and sequence factors on one line."""
         mesh = " x ".join(f"{name}={size}" for name, size in self.mesh.items())
         factors = ", ".join(f"{f['name']}={f['size']}" for f in self.factors if f["kind"] == "sequence")
         return (
@@ -227,3 +284,81 @@ def _way_in(entry: Enter) -> str:
     tensor = entry.tensor if entry.tensors == 1 else f"{entry.tensors} tensors"
     way = "" if entry.source == entry.target else f" {entry.source} -> {entry.target}"
     return f"{entry.primitive}{way} ({entry.mesh_dim}): {tensor}"
+
+
+_BYTES = Either(COUNT, NOTHING)
+_REPLICATED = {"op": str, "target": str, "path": str, "bytes": COUNT, "why?": str}
+_ENTER = {
+    **dict.fromkeys(("primitive", "tensor", "mesh_dim", "from", "to"), str),
+    **{"forward_bytes": NUMBER, "backward_bytes": NUMBER, "tensors": COUNT},
+}
+_SPEC = Either({str: Either(int, str, NOTHING)}, NOTHING)
+_PHASES = frozenset(("forward", "again", "backward", "step"))
+# What the JSON of a plan looks like (see `plain_data`).
+_SHAPE = {
+    "format": int,
+    "mesh": {str: POSITIVE},
+    "split": {str: POSITIVE},
+    "objective": str,
+    "strategy": str,
+    "stages": [
+        {
+            **{"index": COUNT, "name": str, "ops": COUNT, "computes_over": [str], "layout": {str: str}},
+            "enter": [_ENTER],
+        }
+    ],
+    "communication": {
+        **dict.fromkeys(("forward_bytes", "backward_bytes", "paper_forward_volume"), NUMBER),
+        "by_primitive": {str: {"count": COUNT, "forward_bytes": NUMBER, "backward_bytes": NUMBER}},
+    },
+    "memory": {
+        **dict.fromkeys(("peak_bytes", "activation_bytes", "input_bytes"), COUNT),
+        **dict.fromkeys(("parameter_bytes", "gradient_bytes", "optimizer_bytes", "step_bytes"), COUNT),
+        **dict.fromkeys(("capacity_bytes", "reserve_bytes", "activation_bound_bytes"), _BYTES),
+        **{"peak_at": Either(str, NOTHING), "optimizer": str, "curve": [(_PHASES, str, COUNT)]},
+    },
+    "recomputed": [{"modules": str, "ops": COUNT, "by": str, "keeps": [str]}],
+    "activations": {
+        **{"bytes": POSITIVE, "replicated_bytes": COUNT},
+        "large_replicated": [{"op": str, "target": str, "path": str, "share": NUMBER, "why": str}],
+    },
+    "parameters": {"bytes": COUNT, "device_bytes": COUNT, "in_parts": {str: {str: str}}},
+    "factors": [{"name": str, "size": COUNT, "kind": str}],
+    "rules": [{"target": str, "rule": str, "origin": str, "ops": COUNT}],
+    "without_rule": [_REPLICATED],
+    "random": [_REPLICATED],
+    "seconds": {str: NUMBER},
+    "solver": {
+        **{"name": str, "status": str, "objective": NUMBER, "bound": NUMBER, "gap": NUMBER},
+        **{"variables": COUNT, "constraints": COUNT, "folded": bool},
+    },
+    "versions": {str: str},
+    "decision": Either(
+        {
+            "training": bool,
+            "inputs": [str],
+            "ops": [(str, str, str, str)],
+            "options": {
+                **{"objective": str, "strategy": str, "rng": str, "may_stay_whole": NUMBER},
+                **dict.fromkeys(("recompute", "shard_parameters"), Either(bool, NOTHING)),
+                "capacity": Either({"bytes": COUNT, "reserve": NUMBER}, NOTHING),
+                "optimizer": {
+                    **{"optimizer": str, "master_weights": bool, "zero": COUNT, "data_parallel": COUNT},
+                    "weight_decay": bool,
+                },
+                "hardware": Either(NOTHING, {str: object}),
+                "dim_names": Either({str: str}, NOTHING),
+                "in_layouts": Either({str: _SPEC}, NOTHING),
+                "out_layouts": Either(_SPEC, [_SPEC]),
+                "constraints": Either({str: {str: Either(str, NOTHING)}}, NOTHING),
+                "keep_whole": Either([str], NOTHING),
+            },
+            "space": COUNT,
+            "ways": [{"cuts": [[(str, COUNT)]], "operands": [[str]], "results": [[str]]}],
+            "stages": [(str, COUNT, [str])],
+            "recomputed": [{"region": COUNT, "ops": (str, str), "keeps": [(str, str, str, COUNT)]}],
+            "solution": {"objective": NUMBER, "bound": NUMBER, "peak_bytes": COUNT, "capacity_bytes": COUNT},
+        },
+        {},
+    ),
+}

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from .alternatives import Alternative, Alternatives
 from .capacity import Capacity, find_capacity
 from .cost_models.compute import Launch, op_launches
 from .cost_models.hardware import Hardware, as_hardware
 from .cost_models.state import TrainingState, as_state
-from .errors import InfeasibleError, LayoutError, StrategyError
+from .decision import check_fits, check_same, record, restore, show_inputs, show_ops
+from .errors import ConstraintError, DspError, InfeasibleError, LayoutError, PlanError, StrategyError
 from .mesh import Mesh, as_mesh
 from .passes.buckets import Bucket, make_buckets
 from .passes.capture import Program, capture
+from .passes.constrain import (
+    Constraint,
+    check_constraints,
+    check_satisfiable,
+    constrain,
+    read_constraints,
+    ways_of,
+)
 from .passes.factorize import factorize
 from .passes.factors import Factors
 from .passes.layout import Layout, R, Shard
@@ -42,7 +54,9 @@ from .passes.rewrite import rewrite
 from .passes.solve import GAP, SLACK, TOLERANCE, OutOfTimeError, Solution, out_of_time, solve
 from .passes.stages import MAY_STAY_WHOLE, StageGraph, make_stages
 from .passes.summarize import summarize
+from .plain_data import shorten
 from .plan import Plan
+from .progress import log_plan, step
 
 # What the solver gets at least, where other spaces took the time.
 LEAST_SECONDS = 1.0
@@ -67,6 +81,8 @@ class Options:
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None
     time_limit: float = 60.0
     rng: str = "parallel"
+    constraints: Mapping[str, Mapping[str, str | None]] | None = None
+    keep_whole: Sequence[str] | None = None
 
     @classmethod
     def of(
@@ -106,10 +122,46 @@ class Options:
         if options.rng not in RNGS:
             raise StrategyError(asked=f"rng {options.rng!r}", found="no such way", remedy=f"use one of {', '.join(RNGS)}")
         _check_spec_types(options)
+        read_constraints(options.constraints, options.keep_whole)
         if options.objective == "time" and options.hardware is None:
             options = replace(options, hardware=as_hardware("h100"))
         return options
 
+
+    def check_none(self) -> None:
+        """Raises StrategyError where anything is asked for, because there is a plan already."""
+        given = [name for name, value in vars(self).items() if value != getattr(Options(), name)]
+        if given:
+            raise StrategyError(
+                asked=f"a plan is given, and {', '.join(given)}",
+                found="a plan has the options that it was made with",
+                remedy="leave them out, or make the plan with them",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the plan depends on, as plain data that `of_plan` reads."""
+        return {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "capacity": self.capacity and {"bytes": self.capacity.bytes, "reserve": self.capacity.reserve},
+            "optimizer": asdict(self.optimizer),
+            "hardware": self.hardware and json.loads(self.hardware.to_json()),
+        }
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Options:
+        """The options that a plan was made with. Raises PlanError where they are none."""
+        given = dict(plan.decision["options"])
+        capacity, hardware = given.pop("capacity"), given.pop("hardware")
+        try:
+            return cls.of(
+                capacity and capacity["bytes"],
+                hardware and Hardware.from_json(json.dumps(hardware), "the plan's hardware"),
+                reserve=capacity and capacity["reserve"],
+                optimizer=TrainingState(**given.pop("optimizer")),
+                **given,
+            )
+        except DspError as error:
+            raise PlanError(asked="this is no plan", found=shorten(f"its options: {error}")) from error
 
     @property
     def usable(self) -> int | None:
@@ -123,6 +175,13 @@ class Options:
         if has_several_sequences(factors, mesh):
             return replace(self, strategy="dsp")
         return replace(self, strategy="auto", shard_parameters=bool(self.shard_parameters))
+
+
+# The options that are plain data as they are; how long the solver may take is none of the plan.
+_PLAIN = (
+    *("objective", "recompute", "may_stay_whole", "strategy", "shard_parameters", "dim_names", "in_layouts", "out_layouts"),
+    *("rng", "constraints", "keep_whole"),
+)
 
 
 def _check_spec_types(options: Options) -> None:
@@ -156,6 +215,14 @@ class Prepared:
     seconds: Mapping[str, float]
     made: dict[int, Problem] = field(default_factory=dict)
 
+    @cached_property
+    def shown_inputs(self) -> list[str]:
+        return show_inputs(self.program)
+
+    @cached_property
+    def shown_ops(self) -> list[list[str]]:
+        return show_ops(self.program)
+
     def problem(self, space: int) -> Problem:
         """stages, of one space."""
         if space not in self.made:
@@ -175,6 +242,7 @@ class Prepared:
             None
             if self.held is None
             else {name: _refined(layout, self.mesh, space.mesh) for name, layout in self.held.items()},
+            read_constraints(options.constraints, options.keep_whole),
         )
         return Problem(
             program,
@@ -208,6 +276,8 @@ def plan(
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None,
     time_limit: float = 60.0,
     rng: str = "parallel",
+    constraints: Mapping[str, Mapping[str, str | None]] | None = None,
+    keep_whole: Sequence[str] | None = None,
 ) -> Plan:
     """Plan `model(*args, **kwargs)` over `mesh`, with no process group, no GPU and no weights.
 
@@ -236,6 +306,13 @@ def plan(
     time_limit: seconds for the solver; the plan carries the gap that is left.
     rng: "parallel": ranks draw their own numbers for shards of a dropout, and the same ones for what they all hold; "serial":
         they draw what one device would, and keep their part, which takes time and memory.
+    constraints: what ops in some modules shard: `{"blocks.3.attn": {"sp": "T"}}` makes every op in that module that has the
+        factor T among its dims shard it over sp; `{"sp": None}` makes all of them shard nothing over sp. A factor goes by the
+        name that plans print; `*` stands for one part of a path (`blocks.*.attn`). Ops that do not have the factor are free,
+        views follow, and tensors are resharded on the way in and out as ever. keep_whole: modules whose ops shard nothing over
+        any mesh dim. A constraint that speaks of no op, or that some op cannot satisfy, is refused.
+
+    The plan can say what other layouts would cost (`Plan.explain`).
 
     Raises CaptureError, LayoutError, MeshError, NoShardableFactorError, StrategyError and InfeasibleError.
     """
@@ -254,12 +331,88 @@ def plan(
         out_layouts=out_layouts,
         time_limit=time_limit,
         rng=rng,
+        constraints=constraints,
+        keep_whole=keep_whole,
     )
     abstract = as_mesh(mesh)
-    program = capture(model, args, kwargs)
+    with step(f"capture of {type(model).__name__}"):
+        program = capture(model, args, kwargs)
     with _no_garbage_collection():
-        prepared = prepare(program, abstract, options)
-        return finish(prepared, decide(prepared))[0]
+        return plan_prepared(prepare(program, abstract, options))
+
+
+def plan_prepared(prepared: Prepared) -> Plan:
+    """The best plan, which can say what others would cost."""
+    with step(f"solving for {prepared.mesh}"):
+        solution = decide(prepared)
+    found = finish(prepared, solution)[0]
+    log_plan(found)
+    found.ask_with(lambda modules: find_alternatives(prepared, solution, found, modules))
+    return found
+
+
+def plan_given(program: Program, mesh: Mesh, plan: Plan) -> Plan:
+    """A plan that was made before, as it is for `program`; which can say what others would cost. Raises PlanError where it is
+    one of something else, or sends something else than it says."""
+    prepared, solution = prepare_given(program, mesh, plan)
+    found = finish(prepared, solution)[0]
+    check_same(plan, found)
+    found.ask_with(lambda modules: find_alternatives(prepared, solution, found, modules))
+    return found
+
+
+def find_alternatives(prepared: Prepared, solution: Solution, made: Plan, modules: str) -> Alternatives:
+    """What each other layout of the ops in `modules` would cost in all: for each mesh dim each factor that one of them may
+    shard, and whole. Plans anew for each. Raises LayoutError where no op stands there."""
+    factors = prepared.factors
+    check_constraints((Constraint(modules, None, None),), factors, prepared.mesh)
+    problem = prepared.problem(solution.space)
+    mesh, stages = problem.graph.mesh, problem.graph.stages
+    chosen = [(stage.op, stage.strategies[solution.choice[stage.index]]) for stage in stages if stage.op is not None]
+    entries = []
+    for mesh_dim, names in ways_of(modules, factors, prepared.spaces).items():
+        for name in names:
+            one = Constraint(modules, mesh_dim, name)
+            try:
+                is_plan = all(constrain(op, (own,), (one,), factors, mesh) for op, own in chosen)
+            except ConstraintError:
+                is_plan = False
+            found = (made, "") if is_plan else _planned_with(prepared, one)
+            entries.append(Alternative(mesh_dim, name, is_plan, *found))
+    return Alternatives(modules, made, tuple(entries))
+
+
+def _planned_with(prepared: Prepared, one: Constraint) -> tuple[Plan | None, str]:
+    """The plan under one constraint more, or why there is none."""
+    options = prepared.options
+    wanted = {**(options.constraints or {})}
+    wanted[one.modules] = {**wanted.get(one.modules, {}), one.mesh_dim: one.factor}
+    try:
+        again = _constrained(replace(prepared, options=replace(options, constraints=wanted), made={}))
+        return finish(again, decide(again))[0], ""
+    except (ConstraintError, InfeasibleError, OutOfTimeError) as error:
+        return None, str(error)
+
+
+def _constrained(prepared: Prepared) -> Prepared:
+    """Without the spaces in which some op has no strategy that the constraints leave. Raises ConstraintError where that is all
+    of them."""
+    constraints = read_constraints(prepared.options.constraints, prepared.options.keep_whole)
+    if not constraints:
+        return prepared
+    check_constraints(constraints, prepared.factors, prepared.mesh)
+    left, failed = [], []
+    for space in prepared.spaces:
+        try:
+            check_satisfiable(constraints, prepared.factors, space)
+            left.append(space)
+        except ConstraintError as error:
+            failed.append(error)
+    if not left:
+        raise failed[0]
+    if all(space.when != ALWAYS for space in left):  # what was to be looked at later, if at all
+        left = [replace(space, when=ALWAYS) for space in left]
+    return replace(prepared, spaces=tuple(left))
 
 
 def prepare(
@@ -275,7 +428,14 @@ def prepare(
         _in_layouts(program, factors, mesh, options.in_layouts or {})
         _out_layouts(program, factors, mesh, options.out_layouts)
     seconds = {**program.seconds, "prepare": time.perf_counter() - started}
-    return Prepared(program, factors, mesh, spaces, options, held, seconds)
+    return _constrained(Prepared(program, factors, mesh, spaces, options, held, seconds))
+
+
+def prepare_given(program: Program, mesh: Mesh, plan: Plan) -> tuple[Prepared, Solution]:
+    """A plan that was made before, ready for `finish`. Raises PlanError where it is one of another model, call or mesh."""
+    check_fits(plan, program, mesh)
+    prepared = prepare(program, mesh, Options.of_plan(plan))
+    return prepared, restore(prepared, plan)
 
 
 def decide(prepared: Prepared) -> Solution:
@@ -363,7 +523,9 @@ def finish(
         "plan": prepared.seconds["prepare"] + sum(solution.seconds.values()),
         "rewrite": time.perf_counter() - started,
     }
-    return summarize(problem, solution, buckets, prepared.options.strategy, prepared.options.capacity, seconds), graph
+    with _no_garbage_collection():
+        found = summarize(problem, solution, buckets, prepared.options.strategy, prepared.options.capacity, seconds)
+        return replace(found, decision=record(prepared, solution)), graph
 
 
 @contextmanager

@@ -24,9 +24,10 @@ from .passes.check_gradients import unchanged
 from .passes.checkpointing import local_module
 from .passes.layout import Layout, Shard, cutters
 from .passes.nodes import ValueId, value_id
+from .passes.solve import Solution
 from .passes.stages import StageGraph
 from .plan import Plan
-from .planner import Options, decide, finish, prepare
+from .planner import Options, Prepared, decide, finish, prepare
 from .verify import Traffic, traffic, worst
 
 
@@ -85,35 +86,66 @@ def rehearse(
     """
     mesh = as_mesh(mesh)
     checked = Options.of(capacity, hardware, **options)
-    if isinstance(model, Program):
-        program, values, alone = model, list(args), model.module.forward
-    else:
-        program = capture(model, tuple(args), kwargs)
-        values, alone = _of_model(model, program, tuple(args), dict(kwargs or {}))
+    program = model if isinstance(model, Program) else capture(model, tuple(args), kwargs)
     prepared = prepare(program, mesh, checked)
-    solution = decide(prepared)
-    problem = prepared.problem(solution.space)
-    mesh = problem.graph.mesh
-    parts = _Parts.of(program, problem.graph, lambda value: problem.made(value, solution.choice))
-    coordinates = [mesh.coordinate(rank) for rank in range(mesh.ranks)]
-    written = [finish(prepared, solution, rank, _lines(mesh, own)) for rank, own in enumerate(coordinates)]
-    local = [local_module(graph, program.module).forward for _, graph in written]
+    rehearsed = Rehearsed.of(model, tuple(args), dict(kwargs or {}), prepared, decide(prepared))
+    return run(rehearsed)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A plan about to be rehearsed: the programs of all ranks, and whole values of the inputs of `program`.
+
+    alone: the model as a function of `values` that gives what the program gives.
+    """
+
+    prepared: Prepared
+    solution: Solution
+    parts: Parts
+    coordinates: tuple[tuple[int, ...], ...]
+    plan: Plan
+    graphs: tuple[fx.Graph, ...]
+    values: list[Any]
+    alone: Callable[..., Sequence[Any]]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module | Program, args: tuple, kwargs: dict, prepared: Prepared, solution: Solution
+    ) -> Rehearsed:
+        program, problem = prepared.program, prepared.problem(solution.space)
+        if isinstance(model, Program):
+            values, alone = list(args), model.module.forward
+        else:
+            values, alone = _of_model(model, program, args, kwargs)
+        mesh = problem.graph.mesh
+        parts = Parts.of(program, problem.graph, lambda value: problem.made(value, solution.choice))
+        coordinates = tuple(mesh.coordinate(rank) for rank in range(mesh.ranks))
+        written = [finish(prepared, solution, rank, _lines(mesh, own)) for rank, own in enumerate(coordinates)]
+        graphs = tuple(graph for _, graph in written)
+        return cls(prepared, solution, parts, coordinates, written[0][0], graphs, values, alone)
+
+
+def run(rehearsed: Rehearsed) -> Rehearsal:
+    """One device and all ranks, compared. Raises as `rehearse`."""
+    program, values, parts = rehearsed.prepared.program, rehearsed.values, rehearsed.parts
+    coordinates, alone = rehearsed.coordinates, rehearsed.alone
+    local = [local_module(graph, program.module).forward for graph in rehearsed.graphs]
     wanted = [isinstance(value, Tensor) and value.requires_grad for value in values]
 
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
-        whole = _Run(alone, values, wanted)
-        cotangents = _cotangents(program, whole.results)
+        whole = Run(alone, values, wanted)
+        cotangents = cotangents_of(program, whole.results)
         whole.backward(cotangents)
         torch.set_rng_state(state)
 
-        def on_rank(rank: int) -> tuple[_Run, dict]:
+        def on_rank(rank: int) -> tuple[Run, dict]:
             with CountCollectives() as count:
-                run = _Run(local[rank], parts.of_inputs(values, coordinates[rank]), wanted)
+                run = Run(local[rank], parts.of_inputs(values, coordinates[rank]), wanted)
                 run.backward(parts.of_results(cotangents, coordinates[rank]))
             return run, dict(count.by_primitive)
 
-        runs = simulate.run(mesh.ranks, on_rank)
+        runs = simulate.run(len(coordinates), on_rank)
 
     names = _names(program)
     ranks = tuple(_outcome(*names, run.results, run.gradients, wanted, sent) for run, sent in runs)
@@ -127,7 +159,7 @@ def rehearse(
         floats = [name for name, value in reference.outputs.items() if _is_inexact(value)]
         output = max(output, worst(*({name: of[name] for name in floats} for of in (own.outputs, reference.outputs))))
         gradient = max(gradient, worst(own.gradients, reference.gradients))
-    return Rehearsal(written[0][0], ranks, expected, output, gradient)
+    return Rehearsal(rehearsed.plan, ranks, expected, output, gradient)
 
 
 def _of_model(model: nn.Module, program: Program, args: tuple, kwargs: dict) -> tuple[list[Any], Callable[..., list]]:
@@ -173,7 +205,7 @@ def _lines(mesh: Mesh, coordinate: Sequence[int]) -> Callable[[tuple[int, ...]],
     return name
 
 
-class _Run:
+class Run:
     """One run of a program on leaves of its own, which share their values with those given."""
 
     def __init__(self, forward: Callable[..., Sequence[Any]], values: Sequence[Any], wanted: Sequence[bool]) -> None:
@@ -202,7 +234,7 @@ class _Run:
         self.results = [result.detach() if isinstance(result, Tensor) else result for result in self.results]
 
 
-def _cotangents(program: Program, results: Sequence[Any]) -> list[Tensor | None]:
+def cotangents_of(program: Program, results: Sequence[Any]) -> list[Tensor | None]:
     """Random ones of the outputs that have a gradient; what the model writes back to its buffers has none."""
     generator = torch.Generator().manual_seed(0)
     return [
@@ -214,7 +246,7 @@ def _cotangents(program: Program, results: Sequence[Any]) -> list[Tensor | None]
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Where each rank finds its part of the whole inputs and results: value and layout, None for what is no tensor."""
 
     graph: StageGraph
@@ -222,7 +254,7 @@ class _Parts:
     results: tuple[tuple[ValueId, Layout] | None, ...]
 
     @classmethod
-    def of(cls, program: Program, graph: StageGraph, made: Callable[[ValueId], Layout]) -> _Parts:
+    def of(cls, program: Program, graph: StageGraph, made: Callable[[ValueId], Layout]) -> Parts:
         sources = [(node.name, 0) for node in program.graph.nodes if node.op == "placeholder"]
         inputs = tuple((value, made(value)) if value in graph.storages else None for value in sources)
         uses = iter(graph.stages[-1].uses)
@@ -231,13 +263,13 @@ class _Parts:
         return cls(graph, inputs, results)
 
     def of_inputs(self, values: Sequence[Any], coordinate: Sequence[int]) -> list[Any]:
-        return [self._part(value, at, coordinate) for value, at in zip(values, self.inputs, strict=True)]
+        return [self.part(value, at, coordinate) for value, at in zip(values, self.inputs, strict=True)]
 
     def of_results(self, values: Sequence[Any], coordinate: Sequence[int]) -> list[Any]:
-        return [self._part(value, at, coordinate) for value, at in zip(values, self.results, strict=True)]
+        return [self.part(value, at, coordinate) for value, at in zip(values, self.results, strict=True)]
 
     @torch.no_grad()
-    def _part(self, whole: Any, at: tuple[ValueId, Layout] | None, coordinate: Sequence[int]) -> Any:
+    def part(self, whole: Any, at: tuple[ValueId, Layout] | None, coordinate: Sequence[int]) -> Any:
         """The part of `whole` at `coordinate` of the mesh; the layout names places of the storage that it is a view of."""
         sharded = set() if at is None else {p.place for p in at[1] if isinstance(p, Shard)}
         if whole is None or not sharded:

@@ -101,6 +101,7 @@ class _Writer:
         layout = self.problem.made(storage, self.choice)
         value = node.meta["val"]
         new.meta["val"] = self._fake(self.local_shape(storage, layout), value)
+        new.meta["made"] = storage  # which others look for: see `watch`
         self.copies[storage, layout] = new
 
     def _fake(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -166,6 +167,7 @@ class _Writer:
                     f"{op.path}: {op.name} ({op.node.target}) gives {list(new.meta['val'].shape)} on this rank where its "
                     f"rule {op.rule} says {list(expected)}"
                 )
+            new.meta["made"] = storage
             self.copies[storage, layout] = new
 
     def _drawing(self, cuts: Sequence[Sequence[Cut]]) -> Emit:

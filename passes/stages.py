@@ -20,6 +20,7 @@ from dsp_auto.mesh import Mesh
 from dsp_auto.shards import nested_sizes
 
 from .capture import Program
+from .constrain import Constraint, constrain
 from .enumerate_strategies import Strategy, enumerate_strategies, without_gradient
 from .factors import Factors, Op, Value
 from .layout import Layout, R, Shard, cutters
@@ -89,6 +90,7 @@ class StageGraph:
     training: bool
     parameters: frozenset[str] = frozenset()  # names of their nodes
     same_as: Mapping[str, str] = field(default_factory=dict)  # of these, the node of the same parameter that counts
+    constrained: frozenset[int] = frozenset()  # the stages that the user's constraints speak of
 
     @cached_property
     def uses(self) -> Mapping[ValueId, tuple[Use, ...]]:
@@ -149,6 +151,7 @@ def make_stages(
     out_layouts: Mapping[int, Layout] | None = None,
     may_stay_whole: float | None = None,
     held: Mapping[str, Layout] | None = None,
+    constraints: Sequence[Constraint] = (),
 ) -> StageGraph:
     """The stage graph of a program.
 
@@ -157,6 +160,7 @@ def make_stages(
     only those with the smallest results, which together make this share of all bytes, may run replicated; the others, and
     these if they do not, are cut over as many mesh dims as they can be. None: any stage as it likes.
     held: parameter name -> layout in which ranks hold it, where that is settled; those that it does not name are whole.
+    constraints: of the user, on the strategies of ops (see `constrain`).
     """
     mesh = space.mesh
     replicated = (R,) * len(mesh.sizes)
@@ -195,6 +199,7 @@ def make_stages(
         return tuple(Shard(places[p.place]) if isinstance(p, Shard) else p for p in layout)
 
     known: dict[object, tuple[Strategy, ...]] = {}
+    constrained: set[int] = set()
     limit = math.inf if may_stay_whole is None else _small(factors, space, may_stay_whole)
     for op in factors.ops:
         if op.is_view:
@@ -207,15 +212,18 @@ def make_stages(
             views[op.results[0]] = (storage, tuple(own))
             continue
         is_large = any(factors.values[result].nbytes > limit for result in op.results)
-        key = (is_large, _key(op, factors, space))
+        own = tuple(one for one in constraints if one.covers(op.path))
+        key = (is_large, _key(op, factors, space), own and op.name)
         if key not in known:
-            found = enumerate_strategies(op, factors, space)
+            found = constrain(op, enumerate_strategies(op, factors, space), own, factors, mesh)
             if may_stay_whole is not None:
                 whole = () if is_large else tuple(own for own in found if not own.together)
                 found = tuple(dict.fromkeys((*whole, *_most_sharded(found))))
             known[key] = found
         strategies = known[key]
         index = len(stages)
+        if own:
+            constrained.add(index)
         for number, result in enumerate(op.results):
             add_storage(result, index, number, "activation")
         flows = any(factors.values[result].requires_grad for result in op.results)
@@ -247,7 +255,9 @@ def make_stages(
     parameters = frozenset(node.name for node, entry in sources if entry is not None and entry.kind == "parameter")
     nodes = {entry.name: node.name for node, entry in sources if entry is not None}
     same_as = {node.name: nodes[entry.same_as] for node, entry in sources if entry is not None and entry.same_as}
-    return StageGraph(mesh, factors, tuple(stages), storages, views, program.training, parameters, same_as)
+    return StageGraph(
+        mesh, factors, tuple(stages), storages, views, program.training, parameters, same_as, frozenset(constrained)
+    )
 
 
 def _most_sharded(strategies: Sequence[Strategy]) -> tuple[Strategy, ...]:

@@ -131,7 +131,8 @@ def _rules(problem: Problem) -> tuple[dict[str, Any], ...]:
 
 def _activations(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
     """Bytes that all ops make, whole; those of ops that run replicated; and each op that makes more than 1% so, with the
-    reason: it has no rule, its rule cuts no factor that may be sharded here, or it was cheaper."""
+    reason: it has no rule, its rule cuts no factor that may be sharded here, the user's constraints leave no other way, or it
+    was cheaper."""
     graph = problem.graph
     values, names = graph.factors.values, graph.factors.names
     sizes = {s.index: sum(values[r].nbytes for r in s.op.results) for s in graph.stages if s.kind == OP}
@@ -145,6 +146,8 @@ def _activations(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
             why = "no rule"
         elif any(any(strategy.cuts) for strategy in stage.strategies):
             why = "cheaper so"
+        elif stage.index in graph.constrained:
+            why = "as constrained"
         else:
             why = f"nothing to shard in ({shape})"
         found.append(

@@ -9,8 +9,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
 
-from dsp_auto import verify
 from dsp_auto.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, deviation, gradients
+from dsp_auto.verify import compare as compare_on_ranks
 
 __all__ = ["GRADIENT_TOLERANCE", "OUTPUT_TOLERANCE", "compare", "deviation", "gradients"]
 
@@ -33,7 +33,7 @@ def compare(
     mesh = init_device_mesh("cpu", shape or (ranks,), mesh_dim_names=names)
     inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     inputs = [t.requires_grad_(True) for t in inputs] if train and input_grad else []
-    found = verify.compare(model, mesh, args, kwargs, backward=train, inputs=inputs, **(options or {}))
+    found = compare_on_ranks(model, mesh, args, kwargs, backward=train, inputs=inputs, **(options or {}))
     return {
         "output": found.output,
         "gradient": found.gradient,

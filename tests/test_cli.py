@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsp_auto import Comparison, Fit, Plan, calibrate, cli, demo, verify
+from dsp_auto import Comparison, Fit, Plan, calibrate, cli, demo
 from dsp_auto.passes.presets import PRESETS
 from dsp_auto.passes.rules import registered, registered_by_user
 
@@ -65,6 +65,19 @@ def test_explain_prints_json_that_plan_accepts(capsys):
     code, out, _ = _run(capsys, "explain", EXAMPLE, "--mesh", "4", "--json", *SMALL, "habit=flat")
     plan = Plan.from_json(out)
     assert code == 0 and plan.mesh == {"sp": 4} and plan.to_dict() == json.loads(out)
+
+
+def test_explain_writes_a_plan_that_it_reads_again_and_refuses_for_another_model(capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    argv = ("explain", EXAMPLE, "--mesh", "4", *SMALL)
+    code, written, _ = _run(capsys, *argv, "--out", path, "--strategy", "megatron-sp", "--objective", "time")
+    assert code == 0 and Plan.load(path).strategy == "megatron-sp"
+    code, read, _ = _run(capsys, *argv, "--plan", path)
+    assert code == 0 and read.partition("; seconds:")[0] == written.partition("; seconds:")[0]
+    code, out, err = _run(capsys, *argv, "--plan", path, "--objective", "time", "--strategy", "dsp")
+    assert (code, out) == (2, "") and "a plan is given, and objective, strategy, hardware" in err
+    code, out, err = _run(capsys, *argv, "frames=9", "--plan", path)
+    assert (code, out) == (2, "") and "another model or call" in err and len(err.splitlines()) == 1
 
 
 def test_names_come_from_the_option_or_from_the_factory(capsys):
@@ -399,7 +412,7 @@ def test_demo_runs_and_agrees(capfd):
 
 @pytest.mark.parametrize("tolerance", ["OUTPUT_TOLERANCE", "GRADIENT_TOLERANCE"])
 def test_demo_fails_where_the_deviation_is_above_tolerance(capsys, comparisons, monkeypatch, tolerance):
-    monkeypatch.setattr(verify, tolerance, -1.0)  # no deviation is this small
+    monkeypatch.setattr(demo, tolerance, -1.0)  # no deviation is this small
     monkeypatch.setattr(demo, "spawn", lambda function, ranks, sizes: comparisons)
     assert cli.main(TINY_DEMO) == 1
     out = capsys.readouterr().out
