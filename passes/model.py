@@ -468,6 +468,10 @@ class Model:
         for reach in term.now:
             for layout, (expression, constant) in self._reached(group, reach, term.flavor).items():
                 alive(layout, expression, constant)
+        # By layout and region, what holds the buffer where the region is not recomputed, where it is, and where it keeps some.
+        if_not: dict[tuple[Layout, int], list[_Bound]] = {}
+        if_so: dict[tuple[Layout, int], list[_Bound]] = {}
+        if_kept: dict[tuple[Layout, int], list[tuple[_Bound, str]]] = {}
         for holder in term.holders:
             if holder.region is not None and holder.region in self.problem.forced:
                 continue
@@ -476,18 +480,31 @@ class Model:
                 own = self._held_by(group, holder)
             elif holder.reach is not None:
                 own = self._reached(group, holder.reach, term.flavor, holder.takes is not None)
-            for layout, (expression, constant) in own.items():
+            for layout, bound in own.items():
                 if holder.kept is not None:
-                    expression = {**expression}
-                    self._add(expression, {self.kappa[holder.kept]: 1.0})
-                    constant -= 1.0
+                    region = self.problem.region_of[holder.kept.stage]
+                    if_kept.setdefault((layout, region), []).append((bound, self.kappa[holder.kept]))
                 elif holder.region is not None:
-                    expression, constant = self._unless(expression, holder.region, constant)
+                    if_not.setdefault((layout, holder.region), []).append(bound)
                 elif holder.takes is not None and holder.takes not in self.problem.forced:
-                    expression = {**expression}
-                    self._add(expression, {self.rho[holder.takes]: 1.0})
-                    constant -= 1.0
-                alive(layout, expression, constant)
+                    if_so.setdefault((layout, holder.takes), []).append(bound)
+                else:
+                    alive(layout, *bound)
+        for (layout, region), bounds_here in if_not.items():
+            for expression, constant in bounds_here:
+                alive(layout, *_plus(expression, {self.rho[region]: -1.0}, constant))
+        for (layout, region), bounds_here in if_so.items():
+            for expression, constant in bounds_here:
+                alive(layout, *_plus(expression, {self.rho[region]: 1.0}, constant - 1.0))
+                # Held in both cases: which the two rows say of whole numbers only.
+                for other, less in if_not.get((layout, region), ()):
+                    alive(layout, *_both(expression, constant, other, less))
+        for (layout, region), kept_here in if_kept.items():
+            for (expression, constant), kappa in kept_here:
+                alive(layout, *_plus(expression, {kappa: 1.0}, constant - 1.0))
+                for other, less in if_not.get((layout, region), ()):
+                    both, least = _both(expression, constant, other, less)
+                    alive(layout, *_plus(both, {kappa: 1.0, self.rho[region]: -1.0}, least))
         here: list[ByLayout] = [self._wanted_by(group, reach) for reach in (*term.before, *term.now)]
         for reach in term.after:
             self._await(group, reach, term.flavor, here, alive)
@@ -744,6 +761,19 @@ class _HiGHS(pulp.HiGHS):
             indices = numpy.array([variable.index for variable in self.start], dtype=numpy.int32)
             lp.solverModel.setSolution(len(indices), indices, numpy.array(list(self.start.values()), dtype=float))
         super().callSolver(lp)
+
+
+def _plus(expression: Expression, more: Expression, constant: float) -> _Bound:
+    found = {**expression}
+    Model._add(found, more)
+    return found, constant
+
+
+def _both(one: Expression, constant: float, other: Expression, less: float) -> _Bound:
+    """What is 1 where both are, for expressions that are never above 1."""
+    if one == other and constant == less:
+        return one, constant
+    return _plus(one, other, constant + less - 1.0)
 
 
 def make_solver(
