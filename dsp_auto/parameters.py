@@ -29,6 +29,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from .errors import LayoutError
+from .fsdp import Managed
 from .mesh import Mesh
 from .passes import layout as planned
 from .passes.capture import Program
@@ -115,16 +116,28 @@ def _placeholders(program: Program) -> Iterator[tuple[tuple[str, int], str]]:
 # --- a model whose parameters are DTensors
 
 
-def placements_in(model: nn.Module, mesh: DeviceMesh) -> dict[str, Placements]:
-    """Placements of all parameters that are DTensors over `mesh`, under each of their names."""
+def placements_in(
+    model: nn.Module, mesh: DeviceMesh, managed: Mapping[tuple[int, str], Managed]
+) -> dict[str, Placements]:
+    """Placements of all parameters that are DTensors over `mesh`, but not those that FSDP shards, under each of their names."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name: p.placements for name, p in named if isinstance(p, DTensor) and p.device_mesh == mesh}
+    others = {id(one.sharded) for one in managed.values()}
+    return {
+        name: p.placements
+        for name, p in named
+        if isinstance(p, DTensor) and p.device_mesh == mesh and id(p) not in others
+    }
 
 
-def how_held(modules: Iterable[Any]) -> tuple[Placements | None, ...]:
-    """Placements of the modules' own parameters in their order. For every call: it takes a tenth of `placements_in`."""
-    own = [p for module in modules if isinstance(module, nn.Module) for p in module._parameters.values()]
-    return tuple([p.placements if isinstance(p, DTensor) else None for p in own])
+def how_held(modules: Iterable[Any], managed: Mapping[tuple[int, str], Managed]) -> tuple[Placements | None, ...]:
+    """Placements of the modules' own parameters, but those that FSDP shards, in their order.
+
+    For every call: it takes a tenth of `placements_in`.
+    """
+    own = [(m, name, p) for m in modules if isinstance(m, nn.Module) for name, p in m._parameters.items()]
+    return tuple(
+        [p.placements if isinstance(p, DTensor) and (id(m), name) not in managed else None for m, name, p in own]
+    )
 
 
 def hold(model: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placements]) -> None:
@@ -199,17 +212,25 @@ def local_value(parameter: Tensor, whole: bool) -> Tensor:
 
 
 @contextmanager
-def fake_whole_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, `model` has fake whole parameters in place of DTensors, to be captured with; after, its own again."""
+def fake_whole_parameters(
+    model: nn.Module, mode: FakeTensorMode, managed: Mapping[tuple[int, str], Managed]
+) -> Iterator[None]:
+    """Inside, `model` has fake whole parameters in place of DTensors, to be captured with; after, its own again.
+
+    managed: the parameters that FSDP shards, whether they are whole just now or not.
+    """
     made: dict[int, nn.Parameter] = {}
     with unchanged(model):
         for module in model.modules():
             for name, own in list(module._parameters.items()):
-                if not isinstance(own, DTensor):
+                one = managed.get((id(module), name))
+                if one is None and not isinstance(own, DTensor):
                     continue
+                own = one.sharded if one else own
                 if id(own) not in made:
+                    dtype = one.dtype if one else own.dtype
                     with mode:
-                        fake = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=own.device)
+                        fake = torch.empty_strided(own.shape, own.stride(), dtype=dtype, device=own.device)
                     made[id(own)] = nn.Parameter(fake, own.requires_grad)
                 setattr(module, name, made[id(own)])
         yield

@@ -14,7 +14,7 @@ import os
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from dsp_auto.errors import CaptureError, first_lines
 
 from .check_gradients import check_gradients, unchanged
 from .checkpointing import marking
+from .hooks import Hooks, traced
 from .inline_no_grad import inline_no_grad
 from .normalize import compose, drop_assertions, drop_empty_parts, write_out_shapes
 from .propagate import Saved, propagate
@@ -55,6 +56,7 @@ class Program:
     mutated: tuple[tuple[str, str], ...]  # (kind, name) written back from the first outputs
     training: bool  # gradients will be asked for
     saved: Mapping[str, Saved]  # per op node, what is kept for backward, or in a checkpoint made again for it
+    hooks: Hooks = Hooks()  # those that run at every call
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -78,8 +80,8 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     args, kwargs = tuple(args), dict(kwargs or {})
     _check_call(model, args, kwargs)
     fake, args, kwargs = _without_meta(model, args, kwargs)
-    with unchanged(fake):
-        return _capture(fake, args, kwargs)
+    with unchanged(fake), traced(fake, args, kwargs) as hooks:
+        return replace(_capture(fake, args, kwargs), hooks=hooks)
 
 
 def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:

@@ -151,7 +151,8 @@ def _body(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]
     return body, inputs, results
 
 
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
+    """Whether an op draws random numbers."""
     return any(
         torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in (node.target, *node.args[:1])
     )
@@ -165,7 +166,7 @@ def _hoisted(graph: fx.Graph) -> list[fx.Node]:
     for node in graph.nodes:
         number = node.meta.get("region")
         moves = number is None and node.op != "output" and not set(node.all_input_nodes) & set(waiting)
-        if waiting and moves and not _draws(node):
+        if waiting and moves and not draws(node):
             found.append(node)
             continue
         if waiting and number != waiting[0].meta["region"]:
