@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from . import fsdp
@@ -89,11 +90,14 @@ def parallelize(
     `state_dict`, then to be called on all ranks, has DTensors whose parts are ranges of a dim, for
     `torch.distributed.checkpoint`; `load_state_dict` takes whole tensors or DTensors. Buffers stay whole.
 
-    `fully_shard` (FSDP2) may be applied to modules of the model before or after, and to the parallel module or the model last, over
-    a mesh of the data-parallel ranks or of these and `mesh` together: gradients are those of the loss's mean over the
-    data-parallel ranks. No plan then holds parameters in parts. Forward and forward-pre hooks of the model's modules that return
-    None, and hooks on its gradients, run at every call that leaves ops of their module, on the tensors that enter and leave it on
-    this rank; and once on tensors without data when they are first met. Other hooks are part of the plan.
+    `fully_shard` (FSDP2) may be applied to modules of the model before or after, and to the parallel module or the model last,
+    over a mesh of the data-parallel ranks or of these and `mesh` together: gradients are those of the loss's mean over the
+    data-parallel ranks. No plan then holds parameters in parts. So with DistributedDataParallel over the data-parallel ranks,
+    around the parallel module or as the model.
+
+    Forward and forward-pre hooks of the model's modules that return None, and hooks on its gradients, run at every call, on the
+    tensors that enter and leave the ops of their module on this rank (a module that leaves no op is not called), and once on
+    tensors without data when they are first met. Other hooks are part of the plan.
 
     Options as in `dsp_auto.plan`; max_signatures: how many plans are kept, the least recently used goes first.
 
@@ -265,6 +269,23 @@ class ParallelModule(nn.Module):
         self._dsp.kept.clear()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._dsp.model
+        if not isinstance(model, DistributedDataParallel):
+            return self._run(args, kwargs)
+        # What it does before and after its module's forward, but with the program for that module.
+        module = model.module
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            model.module = module
+            return self._run(args, kwargs)
+
+        model.module = _StandIn(module, run)
+        try:
+            return model(*args, **kwargs)
+        finally:
+            model.module = module
+
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         prepared, leaves, finish = self._find(args, kwargs)
         inputs = iter(leaves)
         program = prepared.program
@@ -421,9 +442,7 @@ class ParallelModule(nn.Module):
         if called.managed:
             options = _without_parts(options, called)
         with self._to_capture(args, kwargs, shapes, called) as call:
-            program = capture(state.model, *call)
-        running, untraced = program.hooks
-        state.hooks = Hooks(state.hooks.running | running, state.hooks.untraced | untraced)
+            program = capture(state.model, *call, state.hooks)
         ready = prepare(program, mesh, options)
         if not state.in_parts:
             return ready, frozenset()
@@ -506,6 +525,19 @@ class ParallelModule(nn.Module):
                 )
             found[id(named[name])] = whole_shape(name, spec, parts, mesh, state.agreement.rank)
         return found
+
+
+class _StandIn(nn.Module):
+    """A function for the forward of a module, whose tensors it has."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+        for shared in _SHARED:
+            self.__dict__[shared] = module.__dict__[shared]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
 
 
 def _nothing() -> None:

@@ -14,7 +14,7 @@ import os
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,7 +56,6 @@ class Program:
     mutated: tuple[tuple[str, str], ...]  # (kind, name) written back from the first outputs
     training: bool  # gradients will be asked for
     saved: Mapping[str, Saved]  # per op node, what is kept for backward, or in a checkpoint made again for it
-    hooks: Hooks = Hooks()  # those that run at every call
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -67,11 +66,17 @@ class Program:
         return str(self.graph)
 
 
-def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+def capture(
+    model: nn.Module,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    hooks: Hooks | None = None,
+) -> Program:
     """Capture `model(*args, **kwargs)`.
 
     The model and its tensors may be real, fake or on `meta`; nothing is computed and nothing in it changes. Whether
-    gradients are wanted is read off `torch.is_grad_enabled()` and the tensors' `requires_grad`.
+    gradients are wanted is read off `torch.is_grad_enabled()` and the tensors' `requires_grad`. hooks: those of the model that
+    are known to run at every call; None: they are found.
 
     Raises CaptureError where the arguments are not those of `forward`, where the model does not export, with export's own
     reason and the submodule it happened in, and where the captured graph would lose or change a gradient that the model
@@ -80,8 +85,8 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     args, kwargs = tuple(args), dict(kwargs or {})
     _check_call(model, args, kwargs)
     fake, args, kwargs = _without_meta(model, args, kwargs)
-    with unchanged(fake), traced(fake, args, kwargs) as hooks:
-        return replace(_capture(fake, args, kwargs), hooks=hooks)
+    with unchanged(fake), traced(fake, args, kwargs, hooks):
+        return _capture(fake, args, kwargs)
 
 
 def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from dsp_auto import fsdp
@@ -34,10 +36,17 @@ class Hooks(NamedTuple):
 
 
 @contextmanager
-def traced(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Hooks]:
-    """Inside, `model` has only the hooks that its graph must have; after, its own again."""
+def traced(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], hooks: Hooks | None = None
+) -> Iterator[Hooks]:
+    """Inside, `model` has only the hooks that its graph must have; after, its own again.
+
+    hooks: what is known of them. None: it is found out, by running the model on fake tensors.
+    """
     with unchanged(model):
         for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                vars(module)["forward"] = _forward_of(module.module)  # which is all that it computes
             for own in (vars(module)[name] for name in _BACKWARD):
                 own.clear()
             for own in (vars(module)[name] for name in _FORWARD):
@@ -47,12 +56,21 @@ def traced(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Iterator
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 _cast(module, fsdp.casts(module))
-        hooks = _looking(model, args, kwargs) if has_others else Hooks()
+        if hooks is None:
+            hooks = _looking(model, args, kwargs) if has_others else Hooks()
         for module in model.modules():
             for own in (vars(module)[name] for name in _FORWARD):
                 for id_ in hooks.untraced.intersection(own):
                     del own[id_]
         yield hooks
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    @wraps(module.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    return forward
 
 
 def _cast(module: nn.Module, casts: fsdp.Casts) -> None:

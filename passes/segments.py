@@ -181,6 +181,10 @@ class _Cutter:
             chains[node] = chain
             for depth in range(len(chain)):
                 begun.setdefault(chain[: depth + 1], self.at[node])
+        for node in reversed(self.ops):
+            # What is resharded for ops in several modules comes before them: no module returns what it did not make.
+            if _is_resharding(node):
+                chains[node] = _common([chains[node], *(chains.get(user, ()) for user in node.users)])
         regions = {node: node.meta["region"] for node in self.ops if "region" in node.meta}
         of_region = Counter(regions.values())
         of_call = Counter(chain[: n + 1] for chain in chains.values() for n in range(len(chain)))
@@ -406,6 +410,29 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
         found.append(node)
         node = _member(node) if is_getitem(node) else node.all_input_nodes[0]
     return found
+
+
+_RESHARDING = (
+    *(dsp.switch.default, dsp.hierarchical_switch.default, dsp.split.default, dsp.gather.default),
+    *(dsp.reduce.default, dsp.reduce_scatter.default, dsp.replicate.default, dsp.halo.default),
+)
+
+
+def _is_resharding(node: fx.Node) -> bool:
+    """Whether a node is a primitive, or a view that takes apart for one what it goes over, and puts it together."""
+    if node.target in _RESHARDING:
+        return True
+    around = (*node.all_input_nodes, *node.users)
+    return (is_getitem(node) or _is_view(node)) and any(n.target in _RESHARDING for n in around)
+
+
+def _common(chains: Sequence[tuple[Scope, ...]]) -> tuple[Scope, ...]:
+    """What all of them start with."""
+    first = chains[0]
+    for depth in range(len(first), 0, -1):
+        if all(chain[:depth] == first[:depth] for chain in chains):
+            return first[:depth]
+    return ()
 
 
 def _is_view(node: fx.Node) -> bool:

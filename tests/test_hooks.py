@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import dsp_auto
-from dsp_auto.passes.capture import capture
+from dsp_auto.passes.hooks import traced
 from examples.transformer_2d import build as transformer_2d
 from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, deviation, sp_mesh
 
@@ -129,11 +129,12 @@ def test_a_hook_that_looked_and_now_returns_a_value_is_told(world):
     assert all(world(2).run(_changes_its_mind))
 
 
-def test_capture_tells_hooks_that_change_tensors_in_place_from_hooks_that_look():
+def test_hooks_that_change_tensors_in_place_are_told_from_hooks_that_look():
     model, seen = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4)), []
     looks = model[0].register_forward_hook(lambda module, args, out: seen.append(out))
     model[1].register_forward_hook(lambda module, args, out: None if out.mul_(2) is out else out)
     model[2].register_forward_pre_hook(lambda module, args: None if module.running_mean.zero_() is None else None)
-    program = capture(model, (torch.randn(3, 4),))
-    assert program.hooks.running == program.hooks.untraced == {looks.id}
+    with traced(model, (torch.randn(3, 4),), {}) as hooks:
+        assert not model[0]._forward_hooks and model[1]._forward_hooks and model[2]._forward_pre_hooks
+    assert hooks.running == hooks.untraced == {looks.id}
     assert len(model[0]._forward_hooks) == 1

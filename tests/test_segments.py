@@ -14,6 +14,7 @@ from torch.utils import checkpoint
 from dsp_auto.errors import DspError
 from dsp_auto.passes.capture import capture
 from dsp_auto.passes.checkpointing import region
+from dsp_auto.passes.hooks import traced
 from dsp_auto.passes.segments import Home, cut, enter
 
 
@@ -57,7 +58,8 @@ class Model(nn.Module):
 
 def _cut(model, x, entered, homes=(), change=None):
     """The captured model, cut without any rewriting, what it takes, and the names of that."""
-    program = capture(model, (x,))
+    with traced(model, (x,), {}) as hooks:
+        program = capture(model, (x,))
     for node in program.graph.nodes:
         if region(node) is not None:
             node.meta["region"] = region(node)
@@ -72,7 +74,7 @@ def _cut(model, x, entered, homes=(), change=None):
             if entry.name.startswith(path + "."):
                 found[node] = Home(entry.name, frozenset([path]))
     modules = {path: model.get_submodule(path) for path in entered}
-    module, taken = cut(program.graph, program.module, sources, modules, found, program.hooks.running)
+    module, taken = cut(program.graph, program.module, sources, modules, found, hooks.running)
     return module, [x if sources[n] is None else sources[n].value for n in taken], [program.inputs[n].name for n in taken]
 
 
