@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from . import fsdp
 from .agreement import Agreement
 from .capacity import find_capacity
+from .compiled import Compiled, Programs
 from .cost_models.state import TrainingState
 from .errors import DspError, LayoutError, MeshError, StrategyError
 from .groups import group_names, place_in
@@ -46,6 +47,7 @@ from .passes.stages import MAY_STAY_WHOLE
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .primitives import before_first_collective
+from .randomness import on_shard
 from .signature import Signature, as_text, describe, named_inputs, signature, whole_shape
 
 # The same containers, not copies: what is loaded, moved or replaced in a parallel module is so in its model.
@@ -98,6 +100,10 @@ def parallelize(
     Forward and forward-pre hooks of the model's modules that return None, and hooks on its gradients, run at every call, on the
     tensors that enter and leave the ops of their module on this rank (a module that leaves no op is not called), and once on
     tensors without data when they are first met. Other hooks are part of the plan.
+
+    `torch.compile` takes the parallel module with `fullgraph=True`, unless hooks run in it: it plans while it compiles a
+    signature, and what it compiled runs without the checks that all ranks were called alike. Numbers among the arguments that
+    change between calls want `dynamic=False`; after `replan()` comes `torch.compiler.reset()`.
 
     Options as in `dsp_auto.plan`; max_signatures: how many plans are kept, the least recently used goes first.
 
@@ -202,6 +208,7 @@ class ParallelModule(nn.Module):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
+        self.__dict__["_compiled"] = Programs()
         forward.__signature__ = inspect.signature(model.forward)
         self.__dict__["forward"] = forward
 
@@ -269,6 +276,11 @@ class ParallelModule(nn.Module):
         self._dsp.kept.clear()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            leaves = pytree.tree_leaves((args, kwargs))
+            numbers = iter(range(len(leaves)))
+            call = pytree.tree_map(lambda leaf: next(numbers), (args, kwargs))
+            return getattr(self._compiled, self._compile(call, *leaves))(*leaves)
         model = self._dsp.model
         if not isinstance(model, DistributedDataParallel):
             return self._run(args, kwargs)
@@ -284,6 +296,32 @@ class ParallelModule(nn.Module):
             return model(*args, **kwargs)
         finally:
             model.module = module
+
+    @torch.compiler.assume_constant_result
+    def _compile(self, call: tuple[tuple, dict[str, Any]], *leaves: Any) -> str:
+        """The name in `_compiled` of the program for a call, of which `call` has the structure, with numbers for its leaves.
+
+        Runs while Dynamo compiles, and not when what it compiled runs.
+        """
+        state = self._dsp
+        leaves = tuple(_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        args, kwargs = pytree.tree_map(lambda n: leaves[n], call)
+        prepared, _, finish = self._find(args, kwargs)
+        finish()
+        asked = "cannot compile a parallel module with torch.compile"
+        if prepared.cut.entered:
+            found = "modules in it have hooks that run at every call, or are sharded by fully_shard"
+            raise DspError(asked=asked, found=found, remedy="compile it without them")
+        if isinstance(state.model, DistributedDataParallel):
+            found, remedy = "it holds a DistributedDataParallel", "wrap the compiled parallel module in one"
+            raise DspError(asked=asked, found=found, remedy=remedy)
+        if any(node.target is on_shard for node in prepared.graph.nodes):
+            found = "ranks draw random numbers of their own for shards"
+            raise DspError(asked=asked, found=found, remedy="parallelize with rng='serial'")
+        name = f"program_{len(vars(self._compiled))}"
+        made = Compiled(state.model, prepared.program, prepared.module, prepared.sources, call, leaves)
+        setattr(self._compiled, name, made)
+        return name
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         prepared, leaves, finish = self._find(args, kwargs)
@@ -525,6 +563,13 @@ class ParallelModule(nn.Module):
                 )
             found[id(named[name])] = whole_shape(name, spec, parts, mesh, state.agreement.rank)
         return found
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which a compiler that took `tensor` for one of any shape knows nothing."""
+    shape, stride = (tuple(map(int, own)) for own in (tensor.shape, tensor.stride()))
+    made = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return made.requires_grad_(tensor.requires_grad)
 
 
 class _StandIn(nn.Module):

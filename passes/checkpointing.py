@@ -80,6 +80,8 @@ def recompute(body: Callable[..., Any], selective: bool, *args: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return body(*args)
+    if torch.compiler.is_dynamo_compiling():  # which knows how to recompute, collectives included, but not what to keep
+        return checkpoint.checkpoint(body, *args, use_reentrant=False)
     contexts = partial(checkpoint.create_selective_checkpoint_contexts, _policy)
     with checkpoint.set_checkpoint_early_stop(False):
         if selective:
@@ -89,7 +91,8 @@ def recompute(body: Callable[..., Any], selective: bool, *args: Any) -> Any:
 
 def keep(results: bool) -> None:
     """Whether what the ops of a body make from here on is kept, though the body is recomputed."""
-    _here.keeps = results
+    if not torch.compiler.is_dynamo_compiling():
+        _here.keeps = results
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
