@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
@@ -84,6 +85,7 @@ def capture(
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     _check_call(model, args, kwargs)
+    _check_whole(model)
     fake, args, kwargs = _without_meta(model, args, kwargs)
     with unchanged(fake), traced(fake, args, kwargs, hooks):
         return _capture(fake, args, kwargs)
@@ -139,6 +141,18 @@ def _check_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Non
             remedy=f"pass what forward takes; given are {len(args)} by position"
             + (f" and {', '.join(kwargs)} by name" if kwargs else ""),
         ) from error
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise CaptureError(
+                asked=f"cannot capture {type(model).__name__}",
+                found=f"{name} is a DTensor over {parameter.device_mesh}, placed as {parameter.placements}",
+                where=name.rpartition(".")[0] or None,
+                remedy="plan with the model as it is before fully_shard or distribute_module; `parallelize` takes what "
+                "fully_shard has sharded, and what it holds in parts itself over the mesh that it is given",
+            )
 
 
 def _without_meta(model: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Module, tuple, dict]:

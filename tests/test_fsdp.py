@@ -42,7 +42,8 @@ def _one_device(steps, dp, build=lambda: transformer_2d(**SMALL)[0]):
 
 def _sharded(rank, ranks, order, over, reshard):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
-    data = mesh["dp"] if over == "dp" else mesh["dp", "sp"]._flatten("all")
+    data = {"dp": lambda: mesh["dp"], "dp and sp": lambda: mesh["dp", "sp"]._flatten("all"), "sp, alike on dp": lambda: mesh}
+    data = data[over]()
     options = {"mesh": data, "reshard_after_forward": reshard}
     model, _, _ = transformer_2d(**SMALL)
     names = [name for name, _ in model.named_parameters()]
@@ -82,12 +83,35 @@ def _sharded(rank, ranks, order, over, reshard):
         ("blocks before", "dp", False),
         ("blocks before", "dp and sp", True),
         ("all before", "dp", False),
-        ("all before", "dp and sp", True),
+        ("all before", "sp, alike on dp", True),
     ],
 )
 def test_sharded_training_has_the_gradients_of_one_device_on_the_global_batch(world, order, over, reshard):
     for worst in world(4).run(_sharded, order, over, reshard):
         assert worst["output"] <= OUTPUT_TOLERANCE and worst["gradient"] <= GRADIENT_TOLERANCE, worst
+
+
+def _accumulated(rank, ranks):
+    """Gradients of two backwards, of which only the second reduces over data-parallel ranks; and what `plan` says of such a
+    model."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    model, _, _ = transformer_2d(**SMALL)
+    parallel = dsp_auto.parallelize(model, mesh["sp"])
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(parallel, mesh=mesh["dp"])
+    at = mesh["dp"].get_local_rank()
+    for last in (False, True):
+        parallel.set_requires_gradient_sync(last)
+        (parallel(_batch(2)[at : at + 1]) - 1).square().mean().backward()
+    ((_, reference),) = _one_device(1, 2)
+    with pytest.raises(dsp_auto.CaptureError, match="embed.weight is a DTensor over .* before fully_shard"):
+        dsp_auto.plan(model, "2", (_batch(1),))
+    return max(deviation(whole(p.grad), 2 * reference[name], 1e-3) for name, p in parallel.named_parameters())
+
+
+def test_gradients_accumulate_before_they_are_reduced_and_plan_tells_why_it_cannot_plan(world):
+    assert max(world(4).run(_accumulated)) <= GRADIENT_TOLERANCE
 
 
 def _mixed(rank, ranks, root):
