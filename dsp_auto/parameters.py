@@ -25,10 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-from .errors import LayoutError
+from .errors import LayoutError, StrategyError
 from .fsdp import Managed
 from .mesh import Mesh
 from .passes import layout as planned
@@ -145,7 +146,10 @@ def hold(model: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placements
 
     The new parameters have the old ones' gradient, `requires_grad`, hooks and attributes, and optimizers go on with them.
     New ones, because `torch.utils.swap_tensors` does not make a DTensor of a plain tensor (torch 2.13).
+
+    Raises StrategyError where a DistributedDataParallel has them: it would wait for gradients of the old ones.
     """
+    _check_no_ddp(model)
     replicated = (Replicate(),) * mesh.ndim
     own = {
         id(p): placements[name] for name, p in model.named_parameters(remove_duplicate=False) if name in placements
@@ -165,6 +169,18 @@ def hold(model: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placements
     for module in owners:
         module.register_state_dict_post_hook(_parts_as_ranges)
         module.register_load_state_dict_pre_hook(_cut_what_is_loaded)
+
+
+def _check_no_ddp(model: nn.Module) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    # A parameter does not know what waits for its gradient.
+    for found in [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]:
+        if any(id(parameter) in own for parameter in found.parameters()):
+            raise StrategyError(
+                asked="cannot hold parameters in parts",
+                found="a DistributedDataParallel reduces their gradients, and it knows no parts",
+                remedy="parallelize with shard_parameters=False, or let fully_shard shard them in its place",
+            )
 
 
 def _cut_parameter(old: nn.Parameter, mesh: DeviceMesh, placements: Placements) -> nn.Parameter:

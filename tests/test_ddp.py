@@ -10,6 +10,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import dsp_auto
+from examples.transformer_2d import build as transformer_2d
 from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, deviation, sp_mesh
 
 
@@ -93,3 +94,22 @@ def test_optimizer_state_may_be_cut_over_the_sequence_parallel_ranks(world):
     (first, one), (second, two) = world(2).run(_zero_over_sp)
     assert max(first, second) <= OUTPUT_TOLERANCE
     assert one + two == 4 and one and two
+
+
+def _in_parts(rank, ranks):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    model, args, _ = transformer_2d(layers=1, hidden=16, heads=2, frames=4, tokens=6)
+    told = []
+    for options in ({}, {"shard_parameters": False}):
+        parallel = dsp_auto.parallelize(model, mesh["sp"], strategy="megatron-lm", **options)
+        run = DistributedDataParallel(parallel, process_group=mesh["dp"].get_group())
+        try:
+            run(*args)
+        except dsp_auto.DspError as error:
+            told.append(str(error))
+    return told
+
+
+def test_a_plan_that_holds_parameters_in_parts_is_refused_where_ddp_has_them(world):
+    for told in world(4).run(_in_parts):
+        assert len(told) == 1 and "shard_parameters=False" in told[0]
