@@ -218,6 +218,31 @@ def test_modules_that_are_nested_used_twice_tied_or_recomputed_are_gathered_wher
     assert max(world(4).run(_nest, how)) <= GRADIENT_TOLERANCE
 
 
+def _recomputed(rank, ranks):
+    """Deviation of gradients where the planner recomputes blocks, and what it recomputes."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    sizes = {"layers": 1, "hidden": 16, "heads": 2, "frames": 8, "tokens": 16}
+    batch = torch.randn(8, 8, 16, 4, generator=torch.Generator().manual_seed(1))
+    at = mesh["dp"].get_local_rank()
+    mine = batch[4 * at : 4 * at + 4]
+    reference, model = transformer_2d(**sizes)[0], transformer_2d(**sizes)[0]
+    (reference(batch) - 1).square().mean().backward()
+    capacity = int(0.7 * dsp_auto.plan(reference, "2", (mine,)).memory["peak_bytes"])
+    parallel = dsp_auto.parallelize(model, mesh["sp"], recompute=True, capacity=capacity)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(parallel, mesh=mesh["dp"])
+    (parallel(mine) - 1).square().mean().backward()
+    grads = {name: p.grad for name, p in reference.named_parameters()}
+    worst = max(deviation(whole(p.grad), grads[name], 1e-3) for name, p in parallel.named_parameters())
+    return worst, len(parallel.plan.recomputed)
+
+
+def test_blocks_that_the_plan_recomputes_are_gathered_for_it(world):
+    for worst, recomputed in world(4).run(_recomputed):
+        assert worst <= GRADIENT_TOLERANCE and recomputed
+
+
 def _refused(rank, ranks):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     told = []
