@@ -372,9 +372,10 @@ class ParallelModule(nn.Module):
         text = "new " + as_text(called.read) if prepared is None else prepared.signature
         finish = state.agreement.begin_check(
             text + str([(n, len(hooks), gradients) for n, hooks, gradients in called.entered]) if called.entered else text,
-            lambda: describe(args, kwargs, self.training),
+            lambda: describe(args, kwargs, self.training)
+            + (f", {len(called.entered)} modules whose hooks run" if called.entered else ""),
             asked="the ranks were called with different arguments",
-            remedy="every rank must pass the same inputs (same shapes, dtypes, modes and non-tensor arguments)",
+            remedy="every rank must pass the same inputs (same shapes, dtypes, modes, hooks and non-tensor arguments)",
         )
         if prepared is None:
             finish()

@@ -110,6 +110,20 @@ def _changes_its_mind(rank, ranks):
     return True
 
 
+def _on_one_rank(rank, ranks):
+    model, args, _ = transformer_2d(**SMALL)
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    parallel(*args)
+    if rank == 0:
+        handle = model.norm.register_forward_hook(lambda module, args, out: None)
+    with pytest.raises(dsp_auto.AgreementError, match="rank 0: .*, 1 modules whose hooks run"):
+        parallel(*args)
+    if rank == 0:
+        handle.remove()
+    _assert_same(parallel, model, args)
+    return True
+
+
 # --- the promises
 
 
@@ -138,3 +152,7 @@ def test_hooks_that_change_tensors_in_place_are_told_from_hooks_that_look():
         assert not model[0]._forward_hooks and model[1]._forward_hooks and model[2]._forward_pre_hooks
     assert hooks.running == hooks.untraced == {looks.id}
     assert len(model[0]._forward_hooks) == 1
+
+
+def test_hooks_on_some_ranks_only_are_told_before_anything_hangs(world):
+    assert all(world(2).run(_on_one_rank))
