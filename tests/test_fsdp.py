@@ -80,10 +80,8 @@ def _sharded(rank, ranks, order, over, reshard):
     [
         ("parallelize first", "dp", True),
         ("parallelize first", "dp and sp", False),
-        ("blocks before", "dp", False),
-        ("blocks before", "dp and sp", True),
+        ("blocks before", "sp, alike on dp", True),
         ("all before", "dp", False),
-        ("all before", "sp, alike on dp", True),
     ],
 )
 def test_sharded_training_has_the_gradients_of_one_device_on_the_global_batch(world, order, over, reshard):
