@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, NamedTuple
@@ -16,13 +16,17 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from . import fsdp
 from .agreement import Agreement
 from .capacity import find_capacity
+from .compiled import Compiled, Programs
 from .cost_models.state import TrainingState
 from .decision import check_mesh, check_same, find_fitting, restore
-from .errors import DspError, LayoutError, MeshError, PlanError
+from .errors import DspError, LayoutError, MeshError, PlanError, StrategyError
 from .groups import group_names, place_in
 from .mesh import Mesh, as_mesh
 from .parameters import (
@@ -38,17 +42,23 @@ from .parameters import (
 from .passes.capture import Program, capture, ordered_kwargs
 from .passes.checkpointing import local_module
 from .passes.factors import Factors
+from .passes.hooks import Hooks, traced
 from .passes.nodes import node_call
 from .passes.rules import why_none
+from .passes.segments import Home, cut
 from .passes.stages import MAY_STAY_WHOLE
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .primitives import before_first_collective
 from .progress import log_plan, step
-from .signature import as_text, describe, named_inputs, signature, whole_shape
+from .randomness import on_shard
+from .signature import Signature, as_text, describe, named_inputs, signature, whole_shape
 
 # The same containers, not copies: what is loaded, moved or replaced in a parallel module is so in its model.
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_load_state_dict_pre_hooks")
+_SHARED = (
+    *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"),
+    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
 
 
 def parallelize(
@@ -88,6 +98,19 @@ def parallelize(
     other signatures too. Optimizers made before go on with them; a list of the old parameters kept elsewhere does not.
     `state_dict`, then to be called on all ranks, has DTensors whose parts are ranges of a dim, for
     `torch.distributed.checkpoint`; `load_state_dict` takes whole tensors or DTensors. Buffers stay whole.
+
+    `fully_shard` (FSDP2) may be applied to modules of the model before or after, and to the parallel module or the model last,
+    over a mesh of the data-parallel ranks or of these and `mesh` together: gradients are those of the loss's mean over the
+    data-parallel ranks. No plan then holds parameters in parts. So with DistributedDataParallel over the data-parallel ranks,
+    around the parallel module or as the model.
+
+    Forward and forward-pre hooks of the model's modules that return None, and hooks on its gradients, run at every call, on the
+    tensors that enter and leave the ops of their module on this rank (a module that leaves no op is not called), and once on
+    tensors without data when they are first met. Other hooks are part of the plan.
+
+    `torch.compile` takes the parallel module with `fullgraph=True`, unless hooks run in it: it plans while it compiles a
+    signature, and what it compiled runs without the checks that all ranks were called alike. Numbers among the arguments that
+    change between calls want `dynamic=False`; after `replan()` comes `torch.compiler.reset()`.
 
     Options as in `dsp_auto.plan`; max_signatures: how many plans are kept, the least recently used goes first.
 
@@ -138,11 +161,21 @@ class _Prepared:
 
     signature: str  # equal on every rank
     plan: Plan
+    graph: fx.Graph
     module: fx.GraphModule
-    run: Callable[..., tuple]
     sources: list[_Held | torch.Tensor | None]  # None: the next user input
     program: Program
     draws: bool  # random numbers
+    cut: _Cut
+
+
+class _Cut(NamedTuple):
+    """The program as it runs: through the modules whose hooks run."""
+
+    entered: tuple  # as in `Signature`
+    run: Callable[..., tuple]
+    sources: list[_Held | torch.Tensor | None]  # what `run` takes
+    positions: dict[tuple[str, str], int]  # by kind and name, where in `sources` an input of the program is
 
 
 class _Held(NamedTuple):
@@ -169,6 +202,7 @@ class _State:
     given: tuple[Plan, ...] = ()  # to be run as they are
     kept: OrderedDict[tuple, _Prepared] = field(default_factory=OrderedDict)
     latest: _Prepared | None = None
+    hooks: Hooks = Hooks()
     in_parts: bool = False  # the model's parameters are DTensors over `mesh`
 
 
@@ -192,12 +226,14 @@ class ParallelModule(nn.Module):
             self.__dict__[shared] = model.__dict__[shared]
         self.training = model.training
         # Not as a submodule, which would double every key.
-        in_parts = bool(placements_in(model, mesh))
+        managed = fsdp.managed(m for m in model.modules() if isinstance(m, FSDPModule))
+        in_parts = bool(placements_in(model, mesh, managed))
         self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), given, in_parts=in_parts)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
+        self.__dict__["_compiled"] = Programs()
         forward.__signature__ = inspect.signature(model.forward)
         self.__dict__["forward"] = forward
 
@@ -267,6 +303,54 @@ class ParallelModule(nn.Module):
         self._dsp.kept.clear()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            leaves = pytree.tree_leaves((args, kwargs))
+            numbers = iter(range(len(leaves)))
+            call = pytree.tree_map(lambda leaf: next(numbers), (args, kwargs))
+            return getattr(self._compiled, self._compile(call, *leaves))(*leaves)
+        model = self._dsp.model
+        if not isinstance(model, DistributedDataParallel):
+            return self._run(args, kwargs)
+        # What it does before and after its module's forward, but with the program for that module.
+        module = model.module
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            model.module = module
+            return self._run(args, kwargs)
+
+        model.module = _StandIn(module, run)
+        try:
+            return model(*args, **kwargs)
+        finally:
+            model.module = module
+
+    @torch.compiler.assume_constant_result
+    def _compile(self, call: tuple[tuple, dict[str, Any]], *leaves: Any) -> str:
+        """The name in `_compiled` of the program for a call, of which `call` has the structure, with numbers for its leaves.
+
+        Runs while Dynamo compiles, and not when what it compiled runs.
+        """
+        state = self._dsp
+        leaves = tuple(_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        args, kwargs = pytree.tree_map(lambda n: leaves[n], call)
+        prepared, _, finish = self._find(args, kwargs)
+        finish()
+        asked = "cannot compile a parallel module with torch.compile"
+        if prepared.cut.entered:
+            found = "modules in it have hooks that run at every call, or are sharded by fully_shard"
+            raise DspError(asked=asked, found=found, remedy="compile it without them")
+        if isinstance(state.model, DistributedDataParallel):
+            found, remedy = "it holds a DistributedDataParallel", "wrap the compiled parallel module in one"
+            raise DspError(asked=asked, found=found, remedy=remedy)
+        if any(node.target is on_shard for node in prepared.graph.nodes):
+            found = "ranks draw random numbers of their own for shards"
+            raise DspError(asked=asked, found=found, remedy="parallelize with rng='serial'")
+        name = f"program_{len(vars(self._compiled))}"
+        made = Compiled(state.model, prepared.program, prepared.module, prepared.sources, call, leaves)
+        setattr(self._compiled, name, made)
+        return name
+
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         prepared, leaves, finish = self._find(args, kwargs)
         inputs = iter(leaves)
         program = prepared.program
@@ -277,7 +361,7 @@ class ParallelModule(nn.Module):
                 agreed()
             values = [
                 next(inputs) if source is None else source.value if isinstance(source, _Held) else source
-                for source in prepared.sources
+                for source in prepared.cut.sources
             ]
             if prepared.draws:
                 agreed()
@@ -286,17 +370,16 @@ class ParallelModule(nn.Module):
                 agreed()
                 results = self._run_and_write_back(prepared, values)
             else:
-                results = prepared.run(*values)
+                results = prepared.cut.run(*values)
         finally:
             agreed()
         return pytree.tree_unflatten(list(results[len(program.mutated) :]), program.out_spec)
 
     def _run_and_write_back(self, prepared: _Prepared, values: list[Any]) -> tuple:
         """Runs on copies of what the model changes, because autograd may have saved it, and then changes it."""
-        positions = {(entry.kind, entry.name): n for n, entry in enumerate(prepared.program.inputs)}
-        changed = [positions[kind, name] for kind, name in prepared.program.mutated]
+        changed = [prepared.cut.positions[mutated] for mutated in prepared.program.mutated]
         copies = {n: values[n].clone() for n in changed}
-        results = prepared.run(*(copies.get(n, value) for n, value in enumerate(values)))
+        results = prepared.cut.run(*(copies.get(n, value) for n, value in enumerate(values)))
         with torch.no_grad():
             for n, result in zip(changed, results):
                 values[n].copy_(result)
@@ -308,37 +391,56 @@ class ParallelModule(nn.Module):
         state = self._dsp
         kwargs = dict(sorted(kwargs.items()))
         shapes = self._global_shapes(args, kwargs) if state.options.in_layouts else {}
-        key = self._signature(args, kwargs, shapes)
-        prepared = state.kept.get(key)
+        called = self._signature(args, kwargs, shapes)
+        prepared = state.kept.get(called.key)
+        if prepared is None and called.hooked and self._knows_more_hooks(args, kwargs, shapes, called):
+            called = self._signature(args, kwargs, shapes)
+            prepared = state.kept.get(called.key)
+        text = "new " + as_text(called.read) if prepared is None else prepared.signature
         finish = state.agreement.begin_check(
-            "new " + as_text(key[0]) if prepared is None else prepared.signature,
-            lambda: describe(args, kwargs, self.training),
+            text + str([(n, len(hooks), gradients) for n, hooks, gradients in called.entered]) if called.entered else text,
+            lambda: describe(args, kwargs, self.training)
+            + (f", {len(called.entered)} modules whose hooks run" if called.entered else ""),
             asked="the ranks were called with different arguments",
-            remedy="every rank must pass the same inputs (same shapes, dtypes, modes and non-tensor arguments)",
+            remedy="every rank must pass the same inputs (same shapes, dtypes, modes, hooks and non-tensor arguments)",
         )
         if prepared is None:
             finish()
             finish = _nothing
-            prepared = self._prepare(args, kwargs, shapes)
-            key = self._signature(args, kwargs, shapes)  # which changes where the plan holds parameters in parts
-            state.kept[key] = prepared
+            prepared = self._prepare(args, kwargs, shapes, called)
+            called = self._signature(args, kwargs, shapes)  # which changes where the plan holds parameters in parts
+            state.kept[called.key] = prepared
             if len(state.kept) > state.max_signatures:
                 state.kept.popitem(last=False)
-        state.kept.move_to_end(key)
+        if called.entered != prepared.cut.entered:
+            prepared.cut = self._cut(prepared, called)
+        state.kept.move_to_end(called.key)
         state.latest = prepared
         return prepared, pytree.tree_leaves((args, ordered_kwargs(kwargs, prepared.program.in_spec))), finish
 
-    def _signature(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> tuple:
-        """What is equal on every rank, how parameters are held included, and which objects the model is made of."""
+    def _signature(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> Signature:
+        """The signature, of which how parameters are held is a part where some are held in parts."""
         state = self._dsp
-        read, identity = signature(state.model, args, kwargs, shapes)
-        held = how_held(identity)
+        called = signature(state.model, args, kwargs, shapes, state.hooks, self)
+        held = how_held(called.identity, called.managed)
         if not state.in_parts and any(placements is not None for placements in held):
             # Another parallel module of the same model holds its parameters in parts by now.
-            state.in_parts = bool(placements_in(state.model, state.mesh))
-        return (*read, held if state.in_parts else ()), identity
+            state.in_parts = bool(placements_in(state.model, state.mesh, called.managed))
+        return called._replace(read=(*called.read, held if state.in_parts else ()))
 
-    def _prepare(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> _Prepared:
+    def _knows_more_hooks(
+        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], called: Signature
+    ) -> bool:
+        """Whether some of the hooks that the plan would depend on are now known not to matter to it."""
+        state = self._dsp
+        with self._to_capture(args, kwargs, shapes, called) as call, traced(state.model, *call) as hooks:
+            new = hooks.untraced - state.hooks.untraced
+        state.hooks = Hooks(state.hooks.running | hooks.running, state.hooks.untraced | hooks.untraced)
+        return bool(new)
+
+    def _prepare(
+        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], called: Signature
+    ) -> _Prepared:
         state, agreement = self._dsp, self._dsp.agreement
         digests = [plan.digest[:12] for plan in state.given]
         agreement.check(
@@ -348,7 +450,7 @@ class ParallelModule(nn.Module):
             remedy="load one file on every rank",
         )
         options = self._options()
-        ready, whole, given = agreement.together(lambda: self._ready(args, kwargs, shapes, options))
+        ready, whole, given = agreement.together(lambda: self._ready(args, kwargs, shapes, called, options))
         if given is None:
             with step(f"solving for {as_mesh(state.mesh)}"):
                 solution = agreement.from_first(lambda: decide(ready))
@@ -372,27 +474,79 @@ class ParallelModule(nn.Module):
             state.in_parts = True
             state.kept.clear()  # their programs take whole parameters
         log_plan(plan)
-        text = as_text(self._signature(args, kwargs, shapes)[0])
+        text = as_text(self._signature(args, kwargs, shapes).read)
         sources = self._sources(ready.program, whole)
-        return _Prepared(text, plan, module, module.forward, sources, ready.program, draws(ready.factors))
+        positions = {(entry.kind, entry.name): n for n, entry in enumerate(ready.program.inputs)}
+        flat = _Cut((), module.forward, sources, positions)
+        return _Prepared(text, plan, graph, module, sources, ready.program, draws(ready.factors), flat)
+
+    def _cut(self, prepared: _Prepared, called: Signature) -> _Cut:
+        """The program, to run through the modules that have hooks now."""
+        state, program = self._dsp, prepared.program
+        if not called.entered:
+            positions = {(entry.kind, entry.name): n for n, entry in enumerate(program.inputs)}
+            return _Cut((), prepared.module.forward, prepared.sources, positions)
+        paths: dict[int, list[str]] = defaultdict(list)
+        for path, module in state.model.named_modules(remove_duplicate=False):
+            paths[id(module)].append(path)
+        modules = [called.identity[n] for n, _, _ in called.entered]
+        entered = {path: module for module in modules for path in paths[id(module)]}
+        sharding = {path for path, module in entered.items() if isinstance(module, FSDPModule)}
+        homes = {}
+        nodes = [node for node in prepared.graph.nodes if node.op == "placeholder"]
+        for node, entry in zip(nodes, program.inputs, strict=True):
+            owner, _, name = entry.name.rpartition(".")
+            one = called.managed.get((id(state.model.get_submodule(owner)), name)) if entry.kind == "parameter" else None
+            if one is None:
+                continue
+            within = [_innermost(path, sharding) for owner, _ in one.owners for path in paths[id(owner)]]
+            if None not in within:
+                homes[node.name] = Home(entry.name, frozenset(within))
+        module, taken = cut(
+            prepared.graph, program.module, prepared.sources, entered, homes, state.hooks.running
+        )
+        inputs = [program.inputs[n] for n in taken]
+        positions = {(entry.kind, entry.name): n for n, entry in enumerate(inputs)}
+        return _Cut(called.entered, module.forward, [prepared.sources[n] for n in taken], positions)
 
     def _ready(
-        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], options: Options
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        shapes: Mapping[int, tuple[int, ...]],
+        called: Signature,
+        options: Options,
     ) -> tuple[Prepared, frozenset[str], Plan | None]:
         """What is to be decided; the names of the parameters held in parts that the program must be given whole; and of the
         plans that were given the one for this call."""
         state, mesh = self._dsp, as_mesh(self._dsp.mesh)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        call = _whole_arguments(mode, args, kwargs, shapes) if shapes or state.in_parts else (args, kwargs)
-        parameters = fake_whole_parameters(state.model, mode) if state.in_parts else nullcontext()
-        with step(f"capture of {type(state.model).__name__}"), parameters:
-            program = capture(state.model, *call)
+        with step(f"capture of {type(state.model).__name__}"), self._to_capture(args, kwargs, shapes, called) as call:
+            program = capture(state.model, *call, state.hooks)
         given = find_fitting(state.given, program, mesh) if state.given else None
-        ready = prepare(program, mesh, Options.of_plan(given) if given is not None else options)
+        if given is not None:
+            options = Options.of_plan(given)
+        if called.managed:
+            options = _without_parts(options, called, given)
+        ready = prepare(program, mesh, options)
         if not state.in_parts:
             return ready, frozenset(), given
-        held, whole = held_layouts(program, ready.factors, mesh, placements_in(state.model, state.mesh))
+        placements = placements_in(state.model, state.mesh, called.managed)
+        held, whole = held_layouts(program, ready.factors, mesh, placements)
         return replace(ready, held=held), whole, given
+
+    @contextmanager
+    def _to_capture(
+        self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], called: Signature
+    ) -> Iterator[tuple[tuple, dict]]:
+        """Inside, the model can be captured with the arguments that this gives."""
+        state = self._dsp
+        if not (shapes or state.in_parts or called.managed):
+            yield args, kwargs
+            return
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        call = _whole_arguments(mode, args, kwargs, shapes)
+        with fake_whole_parameters(state.model, mode, called.managed):
+            yield call
 
     def _options(self) -> Options:
         """The options, with what is free now on the rank that has least for the capacity "free"."""
@@ -475,8 +629,55 @@ def _given_plans(plan: Plan | str | PathLike | Sequence[Any], mesh: Mesh) -> tup
     return options[0], plans
 
 
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which a compiler that took `tensor` for one of any shape knows nothing."""
+    shape, stride = (tuple(map(int, own)) for own in (tensor.shape, tensor.stride()))
+    made = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+class _StandIn(nn.Module):
+    """A function for the forward of a module, whose tensors it has."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+        for shared in _SHARED:
+            self.__dict__[shared] = module.__dict__[shared]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
 def _nothing() -> None:
     pass
+
+
+def _innermost(path: str, of: Collection[str]) -> str | None:
+    """The longest of some paths of modules that a path starts with."""
+    while path not in of:
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _without_parts(options: Options, called: Signature, given: Plan | None) -> Options:
+    """The options for a model whose parameters FSDP shards: no plan cuts them once more."""
+    found = None
+    if options.shard_parameters:
+        found = "shard_parameters=True"
+    elif any(one.in_parts for one in called.managed.values()):
+        found = "DTensors that were given to fully_shard"
+    elif given is not None and given.parameters["in_parts"]:
+        found = "a plan that holds parameters in parts"
+    if found is not None:
+        raise StrategyError(
+            asked="cannot hold parameters in parts that fully_shard shards",
+            found=found,
+            remedy="use one of them: fully_shard, or a strategy that holds parameters in parts",
+        )
+    return options if given is not None else replace(options, shard_parameters=False)
 
 
 def draws(factors: Factors) -> bool:

@@ -25,10 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-from .errors import LayoutError
+from .errors import LayoutError, StrategyError
+from .fsdp import Managed
 from .mesh import Mesh
 from .passes import layout as planned
 from .passes.capture import Program
@@ -115,16 +117,28 @@ def _placeholders(program: Program) -> Iterator[tuple[tuple[str, int], str]]:
 # --- a model whose parameters are DTensors
 
 
-def placements_in(model: nn.Module, mesh: DeviceMesh) -> dict[str, Placements]:
-    """Placements of all parameters that are DTensors over `mesh`, under each of their names."""
+def placements_in(
+    model: nn.Module, mesh: DeviceMesh, managed: Mapping[tuple[int, str], Managed]
+) -> dict[str, Placements]:
+    """Placements of all parameters that are DTensors over `mesh`, but not those that FSDP shards, under each of their names."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name: p.placements for name, p in named if isinstance(p, DTensor) and p.device_mesh == mesh}
+    others = {id(one.sharded) for one in managed.values()}
+    return {
+        name: p.placements
+        for name, p in named
+        if isinstance(p, DTensor) and p.device_mesh == mesh and id(p) not in others
+    }
 
 
-def how_held(modules: Iterable[Any]) -> tuple[Placements | None, ...]:
-    """Placements of the modules' own parameters in their order. For every call: it takes a tenth of `placements_in`."""
-    own = [p for module in modules if isinstance(module, nn.Module) for p in module._parameters.values()]
-    return tuple([p.placements if isinstance(p, DTensor) else None for p in own])
+def how_held(modules: Iterable[Any], managed: Mapping[tuple[int, str], Managed]) -> tuple[Placements | None, ...]:
+    """Placements of the modules' own parameters, but those that FSDP shards, in their order.
+
+    For every call: it takes a tenth of `placements_in`.
+    """
+    own = [(m, name, p) for m in modules if isinstance(m, nn.Module) for name, p in m._parameters.items()]
+    return tuple(
+        [p.placements if isinstance(p, DTensor) and (id(m), name) not in managed else None for m, name, p in own]
+    )
 
 
 def hold(model: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placements]) -> None:
@@ -132,7 +146,10 @@ def hold(model: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placements
 
     The new parameters have the old ones' gradient, `requires_grad`, hooks and attributes, and optimizers go on with them.
     New ones, because `torch.utils.swap_tensors` does not make a DTensor of a plain tensor (torch 2.13).
+
+    Raises StrategyError where a DistributedDataParallel has them: it would wait for gradients of the old ones.
     """
+    _check_no_ddp(model)
     replicated = (Replicate(),) * mesh.ndim
     own = {
         id(p): placements[name] for name, p in model.named_parameters(remove_duplicate=False) if name in placements
@@ -152,6 +169,18 @@ def hold(model: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placements
     for module in owners:
         module.register_state_dict_post_hook(_parts_as_ranges)
         module.register_load_state_dict_pre_hook(_cut_what_is_loaded)
+
+
+def _check_no_ddp(model: nn.Module) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    # A parameter does not know what waits for its gradient.
+    for found in [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]:
+        if any(id(parameter) in own for parameter in found.parameters()):
+            raise StrategyError(
+                asked="cannot hold parameters in parts",
+                found="a DistributedDataParallel reduces their gradients, and it knows no parts",
+                remedy="parallelize with shard_parameters=False, or let fully_shard shard them in its place",
+            )
 
 
 def _cut_parameter(old: nn.Parameter, mesh: DeviceMesh, placements: Placements) -> nn.Parameter:
@@ -199,17 +228,25 @@ def local_value(parameter: Tensor, whole: bool) -> Tensor:
 
 
 @contextmanager
-def fake_whole_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, `model` has fake whole parameters in place of DTensors, to be captured with; after, its own again."""
+def fake_whole_parameters(
+    model: nn.Module, mode: FakeTensorMode, managed: Mapping[tuple[int, str], Managed]
+) -> Iterator[None]:
+    """Inside, `model` has fake whole parameters in place of DTensors, to be captured with; after, its own again.
+
+    managed: the parameters that FSDP shards, whether they are whole just now or not.
+    """
     made: dict[int, nn.Parameter] = {}
     with unchanged(model):
         for module in model.modules():
             for name, own in list(module._parameters.items()):
-                if not isinstance(own, DTensor):
+                one = managed.get((id(module), name))
+                if one is None and not isinstance(own, DTensor):
                     continue
+                own = one.sharded if one else own
                 if id(own) not in made:
+                    dtype = one.dtype if one else own.dtype
                     with mode:
-                        fake = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=own.device)
+                        fake = torch.empty_strided(own.shape, own.stride(), dtype=dtype, device=own.device)
                     made[id(own)] = nn.Parameter(fake, own.requires_grad)
                 setattr(module, name, made[id(own)])
         yield

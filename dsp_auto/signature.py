@@ -5,25 +5,50 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 
+from . import fsdp
 from .errors import LayoutError
+from .fsdp import Managed
 from .mesh import Mesh
+from .passes.hooks import Hooks
 from .shards import shard_sizes
 
 
+class Signature(NamedTuple):
+    """What a call is."""
+
+    read: tuple  # what the plan depends on, equal on every rank
+    identity: tuple  # the objects that the model is made of, as far as the plan depends on them
+    # By number of the module, the ids of hooks that run around its ops, and whether there are any on its gradients.
+    entered: tuple[tuple[int, tuple[int, ...], bool], ...]
+    managed: Mapping[tuple[int, str], Managed]  # the parameters that FSDP shards
+    hooked: bool  # whether the plan depends on hooks
+
+    @property
+    def key(self) -> tuple:
+        return self.read, self.identity
+
+
 def signature(
-    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Mapping[int, tuple[int, ...]]
-) -> tuple[tuple, tuple]:
-    """What the plan of `model(*args, **kwargs)` depends on, equal on every rank; and which objects the model is made of.
+    model: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    shapes: Mapping[int, tuple[int, ...]],
+    hooks: Hooks,
+    around: nn.Module,
+) -> Signature:
+    """What the plan of `model(*args, **kwargs)` depends on, which objects the model is made of, and what its hooks are.
 
     Arguments (shapes, dtypes, requires_grad, values of what is no tensor), modes (train, grad, autocast), kinds of
     parameters and buffers, hooks, and which of all these tensors are one tensor: capture makes one input of them.
-    shapes: by id of a tensor, the whole shape of an argument that arrives in parts.
+    shapes: by id of a tensor, the whole shape of an argument that arrives in parts. hooks: what is known of
+    the model's. around: a module that may be called in the model's place.
 
     Read at every call, so it walks the modules itself: `modules()` and `parameters()` take several times as long.
     """
@@ -38,30 +63,78 @@ def signature(
             modules.append(module)
             todo += [child for child in module._modules.values() if child is not None]
     modes = tuple([module.training for module in modules])
-    held = [t for module in modules for own in (module._parameters, module._buffers) for t in own.values()]
-    kinds = tuple([None if t is None else (t.requires_grad, t.dtype, t.device.type) for t in held])
+    hooked = [
+        (n, m)
+        for n, m in enumerate(modules)
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    ]
+    sharding = [m for m in (around, *(m for _, m in hooked)) if isinstance(m, FSDPModule)]
+    managed = fsdp.managed(sharding, {id(around): model}) if sharding else {}
+    if managed:
+        held, kinds = _managed_kinds(modules, managed)
+    else:
+        held = [t for module in modules for own in (module._parameters, module._buffers) for t in own.values()]
+        kinds = tuple([None if t is None else (t.requires_grad, t.dtype, t.device.type) for t in held])
     buffers = tuple([b.shape for module in modules for b in module._buffers.values() if b is not None])
-    hooks = [(n, m._forward_hooks, m._forward_pre_hooks) for n, m in enumerate(modules)]
-    hooked = [(n, after, before) for n, after, before in hooks if after or before]
+    traced, entered, casts = _hooks(hooked, hooks) if hooked else ((), (), ())
     autocast = tuple(
         [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     )
     arguments = tuple([_leaf_key(leaf, shapes) for leaf in leaves])
     tensors = [id(t) for t in (*leaves, *held) if isinstance(t, torch.Tensor)]
-    return (
+    return Signature(
         (
             spec,
             arguments,
             modes,
             kinds,
             buffers,
-            tuple([(n, len(after), len(before)) for n, after, before in hooked]),
+            (tuple([(n, len(after), len(before)) for n, after, before in traced]), casts),
             _aliases(tensors),
             torch.is_grad_enabled(),
             autocast,
         ),
-        (*modules, *(id_ for _, after, before in hooked for id_ in (*after, *before))),
+        (*modules, *(id_ for _, after, before in traced for id_ in (*after, *before))),
+        entered,
+        managed,
+        bool(traced),
     )
+
+
+def _hooks(hooked: Sequence[tuple[int, nn.Module]], hooks: Hooks) -> tuple[tuple, tuple, tuple]:
+    """Of modules with hooks: ids of those the plan depends on, of those that run around ops, and what FSDP casts."""
+    traced, entered, casts = [], [], []
+    for n, module in hooked:
+        sides = []
+        runs: list[int] = []
+        for own in (module._forward_hooks, module._forward_pre_hooks):
+            shards = [id_ for id_, hook in own.items() if fsdp.is_hook(hook)]
+            sides.append([id_ for id_ in own if id_ not in hooks.untraced and id_ not in shards])
+            runs += [id_ for id_ in own if id_ in hooks.running or id_ in shards]
+        of_gradients = bool(module._backward_hooks or module._backward_pre_hooks)
+        if any(sides):
+            traced.append((n, *sides))
+        if runs or of_gradients:
+            entered.append((n, tuple(runs), of_gradients))
+        if isinstance(module, FSDPModule) and any(own := fsdp.casts(module)):
+            casts.append((n, own))
+    return tuple(traced), tuple(entered), tuple(casts)
+
+
+def _managed_kinds(modules: Sequence[nn.Module], managed: Mapping[tuple[int, str], Managed]) -> tuple[list, tuple]:
+    """The tensors that modules hold, and their kinds: what FSDP shards is the same parameter while it is whole and while it is
+    not, of the dtype that modules compute with."""
+    held, kinds = [], []
+    for module in modules:
+        for own in (module._parameters, module._buffers):
+            for name, t in own.items():
+                if one := managed.get((id(module), name)):
+                    t, dtype = one.sharded, one.dtype
+                else:
+                    dtype = None if t is None else t.dtype
+                held.append(t)
+                kinds.append(None if t is None else (t.requires_grad, dtype, t.device.type))
+    return held, tuple(kinds)
 
 
 def _aliases(ids: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
@@ -28,6 +29,7 @@ from dsp_auto.errors import CaptureError, first_lines
 
 from .check_gradients import check_gradients, unchanged
 from .checkpointing import marking
+from .hooks import Hooks, traced
 from .inline_no_grad import inline_no_grad
 from .normalize import compose, drop_assertions, drop_empty_parts, write_out_shapes
 from .propagate import Saved, propagate
@@ -69,11 +71,17 @@ class Program:
         return str(self.graph)
 
 
-def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+def capture(
+    model: nn.Module,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    hooks: Hooks | None = None,
+) -> Program:
     """Capture `model(*args, **kwargs)`.
 
     The model and its tensors may be real, fake or on `meta`; nothing is computed and nothing in it changes. Whether
-    gradients are wanted is read off `torch.is_grad_enabled()` and the tensors' `requires_grad`.
+    gradients are wanted is read off `torch.is_grad_enabled()` and the tensors' `requires_grad`. hooks: those of the model that
+    are known to run at every call; None: they are found.
 
     Raises CaptureError where the arguments are not those of `forward`, where the model does not export, with export's own
     reason and the submodule it happened in, and where the captured graph would lose or change a gradient that the model
@@ -81,8 +89,9 @@ def capture(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     _check_call(model, args, kwargs)
+    _check_whole(model)
     fake, args, kwargs = _without_meta(model, args, kwargs)
-    with unchanged(fake):
+    with unchanged(fake), traced(fake, args, kwargs, hooks):
         return _capture(fake, args, kwargs)
 
 
@@ -136,6 +145,18 @@ def _check_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Non
             remedy=f"pass what forward takes; given are {len(args)} by position"
             + (f" and {', '.join(kwargs)} by name" if kwargs else ""),
         ) from error
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise CaptureError(
+                asked=f"cannot capture {type(model).__name__}",
+                found=f"{name} is a DTensor over {parameter.device_mesh}, placed as {parameter.placements}",
+                where=name.rpartition(".")[0] or None,
+                remedy="plan with the model as it is before fully_shard or distribute_module; `parallelize` takes what "
+                "fully_shard has sharded, and what it holds in parts itself over the mesh that it is given",
+            )
 
 
 def _without_meta(model: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Module, tuple, dict]:

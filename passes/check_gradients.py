@@ -67,7 +67,7 @@ def _refill(held: Any, contents: Any) -> None:
 
 
 @contextmanager
-def _on_fakes(model: nn.Module, fakes: dict[int, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+def on_fakes(model: nn.Module, fakes: dict[int, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """Inside, `model` holds fake tensors for its own (yields those with a name); after, its own again.
 
     fakes: filled with the fake of every tensor, by id. Not `torch.func.functional_call`: where a module stands at two
@@ -79,11 +79,11 @@ def _on_fakes(model: nn.Module, fakes: dict[int, torch.Tensor]) -> Iterator[dict
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
                     if tensor is not None:
-                        held[name] = _fake(tensor, fakes)
+                        held[name] = fake_like(tensor, fakes)
         yield {name: fakes[tensor] for tensor, name in names.items()}
 
 
-def _fake(tensor: torch.Tensor, fakes: dict[int, torch.Tensor]) -> torch.Tensor:
+def fake_like(tensor: torch.Tensor, fakes: dict[int, torch.Tensor]) -> torch.Tensor:
     """One fake tensor for one tensor, wherever it stands."""
     if id(tensor) not in fakes:
         made = _like(tensor)
@@ -115,8 +115,8 @@ def check_gradients(
     kept = {(names[leaf][0] == "input", names[leaf][1]) for leaf in reached if leaf in names}
     fakes: dict[int, torch.Tensor] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, _on_fakes(model, fakes) as held, torch.enable_grad():
-        call = pytree.tree_map_only(torch.Tensor, lambda t: _fake(t, fakes), (args, kwargs))
+    with mode, on_fakes(model, fakes) as held, torch.enable_grad():
+        call = pytree.tree_map_only(torch.Tensor, lambda t: fake_like(t, fakes), (args, kwargs))
         try:
             with marking():
                 result = model(*call[0], **call[1])

@@ -80,6 +80,8 @@ def recompute(body: Callable[..., Any], selective: bool, *args: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return body(*args)
+    if torch.compiler.is_dynamo_compiling():  # which knows how to recompute, collectives included, but not what to keep
+        return checkpoint.checkpoint(body, *args, use_reentrant=False)
     contexts = partial(checkpoint.create_selective_checkpoint_contexts, _policy)
     with checkpoint.set_checkpoint_early_stop(False):
         if selective:
@@ -89,7 +91,8 @@ def recompute(body: Callable[..., Any], selective: bool, *args: Any) -> Any:
 
 def keep(results: bool) -> None:
     """Whether what the ops of a body make from here on is kept, though the body is recomputed."""
-    _here.keeps = results
+    if not torch.compiler.is_dynamo_compiling():
+        _here.keeps = results
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
@@ -151,7 +154,8 @@ def _body(nodes: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]
     return body, inputs, results
 
 
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
+    """Whether an op draws random numbers."""
     return any(
         torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in (node.target, *node.args[:1])
     )
@@ -165,7 +169,7 @@ def _hoisted(graph: fx.Graph) -> list[fx.Node]:
     for node in graph.nodes:
         number = node.meta.get("region")
         moves = number is None and node.op != "output" and not set(node.all_input_nodes) & set(waiting)
-        if waiting and moves and not _draws(node):
+        if waiting and moves and not draws(node):
             found.append(node)
             continue
         if waiting and number != waiting[0].meta["region"]:

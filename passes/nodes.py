@@ -24,6 +24,12 @@ def module_path(node: fx.Node) -> str:
     return next(reversed(stack.values()))[0].removeprefix("L['self'].") if stack else ""
 
 
+def calls(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """The calls of modules that the op stands in, outermost first: a name of the call, and the module's path."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple((name, path.removeprefix("L['self']").removeprefix(".")) for name, (path, _) in stack.items())
+
+
 def is_getitem(node: fx.Node) -> bool:
     return (
         node.op == "call_function"

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils import _pytree as pytree
 
 from dsp_auto.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, deviation, gradients
 from dsp_auto.verify import compare as compare_on_ranks
 
-__all__ = ["GRADIENT_TOLERANCE", "OUTPUT_TOLERANCE", "compare", "deviation", "gradients"]
+__all__ = ["GRADIENT_TOLERANCE", "OUTPUT_TOLERANCE", "compare", "deviation", "gradients", "sp_mesh"]
+
+
+def sp_mesh(ranks: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
 
 
 def compare(

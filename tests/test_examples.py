@@ -77,3 +77,48 @@ def test_example_is_reachable_from_the_installed_package():
     module = importlib.import_module("dsp_auto.examples.transformer_2d")
     model, args, kwargs = module.build(layers=1, hidden=16, heads=2, frames=2, tokens=3)
     assert model(*args, **kwargs).shape == (1, 2, 3, 4)
+
+
+TINY = [word for name, n in dict(UNEVEN, steps=3).items() if name != "dtype" for word in (f"--{name}", str(n))]
+
+
+def _run(rank, ranks, name, *argv):
+    torch.compiler.reset()
+    return importlib.import_module(f"examples.{name}").main([*TINY, *argv])
+
+
+def _one_device(steps, replicas, clipped=False):
+    """The mean losses of training on all replicas' videos at once."""
+    launch = importlib.import_module("examples.launch")
+    _, sizes = launch.options(TINY)
+    model, losses = launch.model_on("cpu", sizes), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        video = torch.cat([launch.batch("cpu", sizes, step, replica) for replica in range(replicas)])
+        loss = (model(video) - video).square().mean()
+        loss.backward()
+        if clipped:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_data_parallel_scripts_lose_what_one_device_loses_on_all_videos(world):
+    sharded = world(4).run(_run, "train_fsdp", "--precision", "float32")
+    replicated = world(4).run(_run, "train_ddp")
+    assert sharded == [pytest.approx(_one_device(3, 2, clipped=True), rel=1e-4)] * 4
+    assert replicated == [pytest.approx(_one_device(3, 2), rel=1e-4)] * 4
+
+
+def test_the_compiled_script_loses_what_one_device_loses(world):
+    for losses in world(2).run(_run, "compile", "--backend", "aot_eager"):
+        assert losses == pytest.approx(_one_device(3, 1), rel=1e-4)
+
+
+def test_the_checkpoint_script_goes_on_with_other_ranks_and_another_strategy(world, tmp_path):
+    folder = str(tmp_path / "checkpoint")
+    first = world(2).run(_run, "checkpoint", "--folder", folder)[0]
+    then = world(4).run(_run, "checkpoint", "--folder", folder, "--strategy", "megatron-lm")[0]
+    assert [*first, *then] == pytest.approx(_one_device(6, 1), rel=1e-4)

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 import dsp_auto
 from dsp_auto.measure import CountCollectives
 from dsp_auto.shards import shard_range
 from examples.transformer_2d import build as transformer_2d
-from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, compare, deviation, gradients
+from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, compare, deviation, gradients, sp_mesh
 
 SMALL = {"layers": 1, "hidden": 16, "heads": 2, "frames": 5, "tokens": 6}
 
@@ -54,10 +54,6 @@ class WithStatistics(nn.Module):
 def axial():
     torch.manual_seed(0)
     return Axial(), torch.randn(2, 6, 5, 8)
-
-
-def sp_mesh(ranks: int):
-    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
 
 
 # --- run on ranks

@@ -21,7 +21,7 @@ from dsp_auto import parameters
 from dsp_auto.mesh import Mesh
 from dsp_auto.verify import gradients, traffic
 from examples.transformer_2d import build as fused
-from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, compare, deviation
+from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, compare, deviation, sp_mesh
 
 STRATEGIES = ("megatron-lm", "megatron-sp")
 SMALL = {"layers": 1, "hidden": 16, "heads": 4, "frames": 4, "tokens": 8, "batch": 2}
@@ -67,10 +67,6 @@ class Fused(nn.Module):
             return F.linear(F.gelu(self.qkv(x)), self.qkv.weight.t(), self.out.bias)
         q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def sp_mesh(ranks):
-    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
 
 
 def whole(value):
@@ -180,10 +176,10 @@ def _state_dicts(rank, ranks, which):
     assert all(value.placements == found[inner + name].placements for name, value in part.items())
 
     changed = {name: value * 2 for name, value in before.items()}
-    held = parameters.placements_in(model, sp_mesh(ranks))
+    held = parameters.placements_in(model, sp_mesh(ranks), {})
 
     def same():
-        assert parameters.placements_in(model, sp_mesh(ranks)) == held
+        assert parameters.placements_in(model, sp_mesh(ranks), {}) == held
         return all(torch.equal(v.full_tensor(), changed[name]) for name, v in parallel.state_dict().items())
 
     assert parallel.load_state_dict(changed).missing_keys == [] and same()
