@@ -157,7 +157,7 @@ def test_contracting_views_never_costs_and_a_view_with_one_use_changes_nothing()
         return replace(factors, ops=ops)
 
     compared = 0
-    for seed in range(160):
+    for seed in range(80):
         program = random_program(seed, 4, training=seed % 2 == 0)
         ends = {"in_layouts": {"x": (Shard(0),)}, "out_layouts": {0: (Shard(1),)}}
         plain, whole = problem_of(program, "2", **ends), problem_of(program, "2", uncontracted, **ends)
@@ -172,7 +172,7 @@ def test_contracting_views_never_costs_and_a_view_with_one_use_changes_nothing()
             compared += 1
         assert solve(plain, capacity=10**9, use_folding=False).objective == pytest.approx(best, abs=1e-6)
         assert solve(whole, capacity=10**9, use_folding=False).objective == pytest.approx(best_whole, abs=1e-6)
-    assert compared >= 15
+    assert compared >= 7
 
 
 def layered(layers: int, training: bool = True):
