@@ -445,25 +445,31 @@ def decide(prepared: Prepared) -> Solution:
     started = time.perf_counter()
     asks = options.capacity is None and any(space.when == MEMORY for space in prepared.spaces)
 
-    def look(when: str, limit: float = math.inf) -> None:
+    def look(when: str, limit: float = math.inf, gap: float = GAP) -> None:
         for number, space in enumerate(prepared.spaces):
             left = options.time_limit - (time.perf_counter() - started)
-            if space.when != when or (found and left <= 0):
+            if space.when != when or (found and left <= 0) or (when == MEMORY and _is_the_least(prepared, found)):
                 continue
             try:
                 problem = prepared.problem(number)
                 with _no_garbage_collection():
                     asked = asks and when == ALWAYS
                     seconds = max(min(left, limit), min(LEAST_SECONDS, options.time_limit))
-                    solution = solve(problem, options.usable, time_limit=seconds, unbounded=asked)
+                    solution = solve(problem, options.usable, gap=gap, time_limit=seconds, unbounded=asked)
                 found[number] = replace(solution, space=number)
             except (InfeasibleError, OutOfTimeError) as error:
                 failed.append(error)
 
     others = any(space.when != ALWAYS for space in prepared.spaces)
-    look(ALWAYS, options.time_limit / 2 if others else math.inf)
+    share = options.time_limit / 2 if others else math.inf
+    # Where presets with more memory might be better, the union comes to its end only if they are not.
+    look(ALWAYS, share, gap=math.inf if asks else GAP)
     if not found or any(_presets_may_be_better(own) for own in found.values()):
         look(MEMORY)
+    if asks and found:
+        first = min(_frugal(prepared, found), key=lambda own: own.objective)
+        if prepared.spaces[first.space].when == ALWAYS and first.gap > GAP:
+            look(ALWAYS, share)
     if _parts_may_be_better(prepared, min((own.objective for own in _frugal(prepared, found)), default=math.inf)):
         look(PARAMETERS)
         # With a capacity only the union has all that the presets have.
@@ -474,6 +480,12 @@ def decide(prepared: Prepared) -> Solution:
         raise min(failed, key=lambda error: error.least_bytes)
     best = min(_frugal(prepared, found), key=lambda solution: solution.objective)
     return replace(best, seconds={"solve": time.perf_counter() - started})
+
+
+def _is_the_least(prepared: Prepared, found: Mapping[int, Solution]) -> bool:
+    """Whether some plan costs no more than the union would with any memory."""
+    least = [own.unbounded for own in found.values() if own.unbounded is not None]
+    return bool(least) and any(own.objective <= (1 + TOLERANCE) * min(least) for own in _frugal(prepared, found))
 
 
 def _presets_may_be_better(union: Solution) -> bool:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dsp_auto.cost_models import compute, memory
 from dsp_auto.cost_models.compute import is_anywhere, op_launches
 from dsp_auto.cost_models.memory import LiveStorages, op_footprint, primitive_buffers
+from dsp_auto.ring_attention import short_ring
 from dsp_auto.shards import nested_sizes, shard_sizes
 from dsp_auto.track import BACKWARD, FORWARD, track_module
 from tests.test_track import program
@@ -314,3 +315,22 @@ def test_ops_that_are_looked_at_on_meta_are_the_same_on_a_device(call, dtype, mo
 
 def test_every_op_that_is_looked_at_on_meta_has_been_compared():
     assert compute._ANYWHERE <= {call[0] for call in ANYWHERE}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[8] * 9, [8, 8, 8, 8, 7, 7, 7], [3] * 6])
+def test_a_short_ring_takes_the_memory_of_a_long_one(lengths, causal, training):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        operands = [torch.empty(2, 4, lengths[0], 16).requires_grad_(training) for _ in range(3)]
+        args = (*operands, None, lengths, lengths, causal, None, False, len(lengths), 0, "")
+        found = [
+            memory.run_footprint(lambda own=own: dsp.ring_attention.default(*own), operands, training)
+            for own in (args, short_ring(*args))
+        ]
+    # Of uneven parts the first ones are the largest, and the short ring has only these.
+    more = 1.1 if len(set(lengths)) > 1 else 1.0
+    for name in ("extra", "backward_extra", "internal"):
+        long, short = (getattr(own, name) for own in found)
+        assert long <= short <= more * long
+    assert found[0].gradients == found[1].gradients and found[0].saved == found[1].saved
