@@ -172,12 +172,21 @@ def _address(x: Tensor) -> int:
 
 
 def primitive_buffers(
-    primitive: str, whole: int, part: int, *, ranks: int, leads: bool, even: bool, partial_grad: bool
+    primitive: str,
+    whole: int,
+    part: int,
+    *,
+    ranks: int,
+    leads: bool,
+    even: bool,
+    partial_grad: bool,
+    contiguous: bool = True,
 ) -> tuple[int, int]:
     """Bytes that a primitive takes beside its ends, forward and backward.
 
     whole, part: bytes of its larger and of its smaller end. leads: the dim that is gathered or scattered comes first.
-    even: all ranks' parts are equal. partial_grad: the replicated side's gradient is Partial.
+    even: all ranks' parts are equal. partial_grad: the replicated side's gradient is Partial. contiguous: what is scattered
+    lies in the order of its dims.
     """
     packed = 0 if leads else whole
     # Uneven shards travel by an all-to-all: of my part to each rank, or of every rank's term of mine.
@@ -189,6 +198,6 @@ def primitive_buffers(
         "split": (0, 0 if partial_grad else gather),
         "gather": (gather, scatter if partial_grad else 0),
         "reduce": (0, 0),
-        "reduce_scatter": (scatter, gather),
+        "reduce_scatter": (scatter if contiguous else whole + sent, gather),
         "replicate": (0, whole),
     }[primitive]

@@ -51,7 +51,7 @@ from .lifetimes import (
     is_state,
     lifetimes,
 )
-from .nodes import ValueId, is_tensor
+from .nodes import ValueId, is_tensor, node_values
 from .notation import Local, Ring, Site
 from .regions import Region, find_regions
 from .stages import Stage, StageGraph, Use, strip
@@ -527,7 +527,15 @@ class Problem:
             leads=leads,
             even=all(min(own) == max(own) for own in lengths),
             partial_grad=any(isinstance(p, Replicate) and p.partial_grad for p in (step.source, step.target)),
+            contiguous=self._is_contiguous(root),
         )
+
+    def _is_contiguous(self, value: Value) -> bool:
+        return node_values(self._nodes[value.id[0]])[value.id[1]].is_contiguous()
+
+    @cached_property
+    def _nodes(self) -> Mapping[str, fx.Node]:
+        return {node.name: node for node in self.program.graph.nodes}
 
     def made(self, storage: ValueId, choice: Sequence[int]) -> Layout:
         entry = self.graph.storages[storage]
