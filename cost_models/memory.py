@@ -16,6 +16,7 @@ device, it takes at the worst moment, where a dim that leads needs no packing or
     reduce                0                                0
     reduce_scatter        M to pack                        gather's
       uneven              and n m to send, from n ranks
+      not contiguous      M to pack, wherever the dim is
     replicate             0                                M to sum
 """
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .parameters import local_value
-from .passes.capture import Program, ordered_kwargs
+from .passes.capture import Program, ordered_kwargs, positions_of
 
 
 class Compiled(nn.Module):
@@ -41,7 +41,7 @@ class Compiled(nn.Module):
                 owner = model.get_submodule(path)
                 self.reads.append((entry.kind, len(self.owners), name, source.whole))
                 self.owners.append(owner)
-        positions = {(entry.kind, entry.name): n for n, entry in enumerate(program.inputs)}
+        positions = positions_of(program.inputs)
         self.changed = [positions[mutated] for mutated in program.mutated]
         outputs = program.out_spec.num_leaves
         self.result = pytree.tree_unflatten(list(range(outputs)), program.out_spec)

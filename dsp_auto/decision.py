@@ -30,6 +30,7 @@ from .passes.solve import Solution
 from .passes.stages import Stage
 from .plain_data import shorten
 from .plan import Plan
+from .units import show_tensor
 
 if TYPE_CHECKING:
     from .planner import Prepared
@@ -95,7 +96,7 @@ def show_ops(program: Program) -> list[list[str]]:
 def _show_value(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return _show_argument(value)
-    shown = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    shown = show_tensor(value.dtype, value.shape)
     return f"{shown} with gradient" if value.requires_grad else shown
 
 

@@ -39,7 +39,7 @@ from .parameters import (
     parts_of_plan,
     placements_in,
 )
-from .passes.capture import Program, capture, ordered_kwargs
+from .passes.capture import Program, capture, ordered_kwargs, positions_of
 from .passes.checkpointing import local_module
 from .passes.factors import Factors
 from .passes.hooks import Hooks, traced
@@ -476,7 +476,7 @@ class ParallelModule(nn.Module):
         log_plan(plan)
         text = as_text(self._signature(args, kwargs, shapes).read)
         sources = self._sources(ready.program, whole)
-        positions = {(entry.kind, entry.name): n for n, entry in enumerate(ready.program.inputs)}
+        positions = positions_of(ready.program.inputs)
         flat = _Cut((), module.forward, sources, positions)
         return _Prepared(text, plan, graph, module, sources, ready.program, draws(ready.factors), flat)
 
@@ -484,7 +484,7 @@ class ParallelModule(nn.Module):
         """The program, to run through the modules that have hooks now."""
         state, program = self._dsp, prepared.program
         if not called.entered:
-            positions = {(entry.kind, entry.name): n for n, entry in enumerate(program.inputs)}
+            positions = positions_of(program.inputs)
             return _Cut((), prepared.module.forward, prepared.sources, positions)
         paths: dict[int, list[str]] = defaultdict(list)
         for path, module in state.model.named_modules(remove_duplicate=False):
@@ -506,7 +506,7 @@ class ParallelModule(nn.Module):
             prepared.graph, program.module, prepared.sources, entered, homes, state.hooks.running
         )
         inputs = [program.inputs[n] for n in taken]
-        positions = {(entry.kind, entry.name): n for n, entry in enumerate(inputs)}
+        positions = positions_of(inputs)
         return _Cut(called.entered, module.forward, [prepared.sources[n] for n in taken], positions)
 
     def _ready(

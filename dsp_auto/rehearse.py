@@ -19,7 +19,7 @@ from . import simulate
 from .errors import DspError
 from .measure import CountCollectives
 from .mesh import Mesh, as_mesh
-from .passes.capture import Program, capture, ordered_kwargs
+from .passes.capture import Program, capture, ordered_kwargs, positions_of
 from .passes.check_gradients import unchanged
 from .passes.checkpointing import local_module
 from .passes.layout import Layout, Shard, cutters
@@ -170,7 +170,7 @@ def _of_model(model: nn.Module, program: Program, args: tuple, kwargs: dict) -> 
         next(leaves) if entry.kind == "input" else entry.value if entry.kind == "constant" else held[entry.name]
         for entry in program.inputs
     ]
-    positions = {(entry.kind, entry.name): n for n, entry in enumerate(program.inputs)}
+    positions = positions_of(program.inputs)
 
     def alone(*given: Any) -> list[Any]:
         given = list(given)

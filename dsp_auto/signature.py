@@ -18,6 +18,7 @@ from .fsdp import Managed
 from .mesh import Mesh
 from .passes.hooks import Hooks
 from .shards import shard_sizes
+from .units import show_tensor
 
 
 class Signature(NamedTuple):
@@ -165,7 +166,7 @@ def describe(args: tuple, kwargs: Mapping[str, Any], training: bool) -> str:
 
     def show(leaf: Any) -> str:
         if isinstance(leaf, torch.Tensor):
-            return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+            return show_tensor(leaf.dtype, leaf.shape)
         return repr(leaf)[:40]
 
     shown = [show(leaf) for leaf in pytree.tree_leaves(args)]

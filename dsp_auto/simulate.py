@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dsp_auto import measure
 from dsp_auto.errors import AgreementError, DspError
+from dsp_auto.units import show_tensor
 
 _here = threading.local()  # .world and .rank: of the simulated rank that runs in this thread
 
@@ -84,7 +85,7 @@ class _Call:
         return made
 
     def __str__(self) -> str:
-        shown = f"{str(self.tensor.dtype).removeprefix('torch.')}{list(self.tensor.shape)}"
+        shown = show_tensor(self.tensor.dtype, self.tensor.shape)
         if self.kind == "all_to_all_single":
             shown += f" that sends {list(self.gives)} and receives {list(self.wants)}"
         return (

@@ -24,7 +24,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .passes.capture import Program
+from .passes.capture import Program, positions_of
 from .passes.checkpointing import local_module
 from .passes.nodes import module_path
 from .predict import fake_input, requires_grad_flags
@@ -73,7 +73,7 @@ def track(program: Program, graph: fx.Graph, optimizer: Optimizer | None = None)
     """
     entries = program.inputs
     names = {entry.name: n for n, entry in enumerate(entries) if entry.kind in ("parameter", "buffer")}
-    changed = {(entry.kind, entry.name): n for n, entry in enumerate(entries)}
+    changed = positions_of(entries)
     return track_module(
         local_module(graph, program.module),
         requires_grad_flags(program),

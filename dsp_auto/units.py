@@ -1,6 +1,10 @@
-"""Amounts for people: bytes and seconds in the unit that keeps them short."""
+"""For people: bytes and seconds in the unit that keeps them short, and what a tensor looks like."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
 
 
 def show_bytes(amount: float) -> str:
@@ -20,3 +24,8 @@ def show_seconds(amount: float) -> str:
         if abs(amount) >= scale:
             return f"{amount / scale:.3g} {unit}"
     return f"{amount / 1e-6:.3g} us"
+
+
+def show_tensor(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """`float32[2, 6]`."""
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"

@@ -22,6 +22,7 @@ from .passes.nodes import ValueId, value_id
 from .passes.problem import Problem
 from .passes.stages import OP, Stage
 from .rehearse import Rehearsed, Run, cotangents_of
+from .units import show_tensor
 from .verify import deviation
 
 # Largest deviations of results and of gradients, relative to the largest element: sums in another order, and what follows.
@@ -291,4 +292,4 @@ def _show(problem: Problem, storage: ValueId, layout: Layout) -> str:
     graph = problem.graph
     root, names = graph.storages[storage].root, graph.factors.factor_names(storage)
     cut = ", ".join(f"{name}: {show_placement(own, names)}" for name, own in zip(graph.mesh.names, layout, strict=True))
-    return f"{storage[0]} {str(root.dtype).removeprefix('torch.')}{list(root.shape)} ({cut})"
+    return f"{storage[0]} {show_tensor(root.dtype, root.shape)} ({cut})"

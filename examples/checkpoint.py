@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 
 import dsp_auto
-from dsp_auto.examples.launch import batch, model_on, options, start, stop
+from dsp_auto.examples.launch import batch, model_on, options, start, stop, tell
 
 
 def main(argv=None):
@@ -41,9 +41,7 @@ def main(argv=None):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        if dist.get_rank() == 0:
-            print(f"step {step}: loss {losses[-1]:.4f}")
+        losses.append(tell(step, loss))
     model_state, optimizer_state = get_state_dict(parallel, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "steps": first + chosen.steps}
     dcp.save(state, checkpoint_id=chosen.folder)

@@ -43,3 +43,14 @@ def batch(kind, sizes, step, replica=0):
     """The video of a step for one data-parallel replica, alike on its sequence-parallel ranks: [B, T, S, 4]."""
     draw = torch.Generator().manual_seed(1000 * step + replica)
     return torch.randn(sizes["batch"], sizes["frames"], sizes["tokens"], 4, generator=draw).to(kind)
+
+
+def tell(step, loss, replicas=None):
+    """The loss of a step, the mean over the replicas (a process group), printed on the first rank."""
+    mean = loss.detach().clone()
+    if replicas is not None:
+        dist.all_reduce(mean, group=replicas)
+        mean /= dist.get_world_size(replicas)
+    if dist.get_rank() == 0:
+        print(f"step {step}: loss {mean:.4f}")
+    return mean.item()

@@ -11,7 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import dsp_auto
-from dsp_auto.examples.launch import batch, model_on, options, start, stop
+from dsp_auto.examples.launch import batch, model_on, options, start, stop, tell
 
 
 def main(argv=None):
@@ -32,11 +32,7 @@ def main(argv=None):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean, op=dist.ReduceOp.SUM, group=replicas)
-        losses.append(mean.item() / mesh["dp"].size())
-        if dist.get_rank() == 0:
-            print(f"step {step}: loss {losses[-1]:.4f}")
+        losses.append(tell(step, loss, replicas))
     return losses
 
 

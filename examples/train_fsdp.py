@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import dsp_auto
-from dsp_auto.examples.launch import batch, model_on, options, start, stop
+from dsp_auto.examples.launch import batch, model_on, options, start, stop, tell
 
 
 def main(argv=None):
@@ -36,11 +36,7 @@ def main(argv=None):
         torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean, op=dist.ReduceOp.SUM, group=mesh["dp"].get_group())
-        losses.append(mean.item() / mesh["dp"].size())
-        if dist.get_rank() == 0:
-            print(f"step {step}: loss {losses[-1]:.4f}")
+        losses.append(tell(step, loss, mesh["dp"].get_group()))
     return losses
 
 

@@ -13,8 +13,9 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,8 +68,17 @@ class Program:
     def graph(self) -> fx.Graph:
         return self.module.graph
 
+    @cached_property
+    def nodes(self) -> Mapping[str, fx.Node]:
+        return {node.name: node for node in self.graph.nodes}
+
     def __str__(self) -> str:
         return str(self.graph)
+
+
+def positions_of(inputs: Sequence[GraphInput]) -> dict[tuple[str, str], int]:
+    """Where each of some inputs stands, by kind and name."""
+    return {(entry.kind, entry.name): n for n, entry in enumerate(inputs)}
 
 
 def capture(

@@ -218,7 +218,6 @@ class _Lifetimes:
     ) -> None:
         self.program, self.graph, self.saves, self.keeps = program, graph, saves, keeps
         self.kept_result = {kept.stage: kept for own in keeps.values() for kept in own if kept.what == RESULT}
-        self.nodes = {node.name: node for node in program.graph.nodes}
         self.regions = {region.number: region for region in regions}
         self.region_of = {stage: region.number for region in regions for stage in region.stages}
         self.footprints = {s.index: footprint(program, s.op) for s in graph.stages if s.kind == OP}
@@ -342,7 +341,7 @@ class _Lifetimes:
             own.since.append(since)
 
     def _address(self, value: ValueId) -> int:
-        return node_values(self.nodes[value[0]])[value[1]].untyped_storage()._cdata
+        return node_values(self.program.nodes[value[0]])[value[1]].untyped_storage()._cdata
 
     # --- slots
 

@@ -531,11 +531,7 @@ class Problem:
         )
 
     def _is_contiguous(self, value: Value) -> bool:
-        return node_values(self._nodes[value.id[0]])[value.id[1]].is_contiguous()
-
-    @cached_property
-    def _nodes(self) -> Mapping[str, fx.Node]:
-        return {node.name: node for node in self.program.graph.nodes}
+        return node_values(self.program.nodes[value.id[0]])[value.id[1]].is_contiguous()
 
     def made(self, storage: ValueId, choice: Sequence[int]) -> Layout:
         entry = self.graph.storages[storage]

@@ -254,8 +254,8 @@ def _solve_apart(
     answer, _ = _solve(problem, Model(problem, apart), capacity, time_limit, points, known)
     if answer.choice is None:
         return folded, bound
-    better = problem.cost(answer.choice, answer.recomputed) if answer.optimal else bound
-    return _better(problem, answer, known), better
+    least = problem.cost(answer.choice, answer.recomputed) if answer.optimal else bound
+    return _better(problem, answer, known), least
 
 
 def _improve(
