@@ -94,7 +94,7 @@ def call_seconds(
     return tuple(sum(one.seconds(hardware, shards) for one in way) for way in (forward, backward))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
     """One call of an op on fake tensors; equal to calls whose tensors look the same."""
 
@@ -126,6 +126,8 @@ def call_of(function: Any, target: Any, args: tuple, kwargs: Mapping[str, Any], 
         return function(call, training)
     except TypeError:  # an argument that cannot be hashed
         return function.__wrapped__(call, training)
+    finally:
+        call.args, call.kwargs = (), {}  # the cache keeps the call, which would keep a whole graph through its tensors
 
 
 @lru_cache(maxsize=4096)

@@ -128,7 +128,7 @@ def run_footprint(run: Callable[[], Any], operands: Sequence[Tensor], training: 
 
     def pack(x: Tensor) -> Tensor:
         kept.append(x)
-        return x
+        return x.detach()  # an op that saves its own result would keep itself alive
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
     with LiveStorages(operands) as storages, torch.set_grad_enabled(training), hooks:

@@ -5,6 +5,7 @@ from .cost_models.state import TrainingState
 from .errors import (
     AgreementError,
     CaptureError,
+    CommunicationError,
     ConstraintError,
     DspError,
     InfeasibleError,
@@ -27,6 +28,7 @@ __all__ = [
     "AgreementError",
     "CaptureError",
     "Comparison",
+    "CommunicationError",
     "ConstraintError",
     "DspError",
     "Fit",

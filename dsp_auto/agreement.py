@@ -13,28 +13,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import AgreementError, MeshError
+from .c10d import timeout_of, world_store
+from .errors import AgreementError, CommunicationError, MeshError
+from .failures import failed
 
-TIMEOUT = timedelta(minutes=30)  # a rank may still be capturing a large model
-# Of each set of ranks, the group and the world that it was made in.
-_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
+# Of each set of ranks and patience, the group and the world that it was made in.
+_groups: dict[tuple[tuple[int, ...], timedelta], tuple[Any, Any]] = {}
 
 
-def _gloo_group(ranks: tuple[int, ...], rank: int) -> Any:
+def _gloo_group(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> dist.ProcessGroupGloo:
     """A gloo group of `ranks`, made by these ranks alone.
 
     Not `dist.new_group`: it either waits for all ranks of the world, or names the group after how many groups this process
-    has made, and where some rank has made one more the ranks wait for each other for ever. Building one over the world's
-    store needs the private `_get_default_store` (see `test_the_worlds_store_can_be_had`).
+    has made, and where some rank has made one more the ranks wait for each other for ever.
     """
-    world = dist.group.WORLD
-    if ranks not in _groups or _groups[ranks][0] is not world:
-        store = dist.PrefixStore(f"dsp_auto/{ranks}", c10d._get_default_store())
-        _groups[ranks] = (world, dist.ProcessGroupGloo(store, rank, len(ranks), TIMEOUT))
-    return _groups[ranks][1]
+    world, key = dist.group.WORLD, (ranks, timeout)
+    if key not in _groups or _groups[key][0] is not world:
+        store = dist.PrefixStore(f"dsp_auto/{key}", world_store())
+        _groups[key] = (world, dist.ProcessGroupGloo(store, rank, len(ranks), timeout))
+    return _groups[key][1]
 
 
 class Agreement:
@@ -51,6 +50,7 @@ class Agreement:
                 remedy="call it on the ranks of the mesh only",
             )
         self.rank = self.ranks.index(own)
+        self._mesh = mesh
 
     def check(self, key: str, describe: Callable[[], Any], asked: str, remedy: str) -> None:
         """Raises AgreementError on every rank where the ranks' keys differ; costs one all-gather of 8 bytes.
@@ -64,11 +64,10 @@ class Agreement:
         if self.size == 1:
             return lambda: None
         own = torch.tensor([int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")])
-        found, work = self._gather_tensors(own)
+        gathered = self._gather_tensors(own)
 
         def finish() -> None:
-            work.wait()
-            if all(torch.equal(other, own) for other in found):
+            if all(torch.equal(other, own) for other in gathered()):
                 return
             # Whoever compares like this sees a difference on every rank, so all of them come here.
             told = self.gather(describe())
@@ -76,21 +75,41 @@ class Agreement:
 
         return finish
 
-    def _gather_tensors(self, own: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
+    def _gather_tensors(self, own: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+        """Begins to gather every rank's tensor; the result waits for them."""
         found = [torch.empty_like(own) for _ in range(self.size)]
-        return found, _gloo_group(self.ranks, self.rank).allgather([found], [own])
+        try:
+            work = self._group().allgather([found], [own])
+        except RuntimeError as error:
+            raise self._failed(error) from error
+
+        def wait() -> list[torch.Tensor]:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self._failed(error) from error
+            return found
+
+        return wait
+
+    def _failed(self, error: RuntimeError) -> CommunicationError:
+        return failed(self.ranks, "to agree on what all ranks run next", "", error)
+
+    def _group(self) -> dist.ProcessGroupGloo:
+        """As patient as the mesh's own groups: a rank may still be capturing a large model."""
+        device = torch.device(self._mesh.device_type)
+        timeout = max(timeout_of(group, device) for group in self._mesh.get_all_groups())
+        return _gloo_group(self.ranks, self.rank, timeout)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
         if self.size == 1:
             return [value]
         own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes, work = self._gather_tensors(torch.tensor([own.numel()]))
-        work.wait()
+        sizes = self._gather_tensors(torch.tensor([own.numel()]))()
         padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
         padded[: own.numel()] = own
-        found, work = self._gather_tensors(padded)
-        work.wait()
+        found = self._gather_tensors(padded)()
         return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(found, sizes)]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
@@ -117,9 +136,9 @@ class Agreement:
         told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        failed = {rank: text for rank, text in enumerate(told) if text is not None}
-        if failed:
-            rank, text = next(iter(failed.items()))
+        errors = {rank: text for rank, text in enumerate(told) if text is not None}
+        if errors:
+            rank, text = next(iter(errors.items()))
             raise AgreementError(
                 asked="cannot run the model on every rank", found=f"rank {rank} of the mesh failed: {text}"
             )

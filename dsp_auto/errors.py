@@ -55,6 +55,16 @@ class AgreementError(DspError):
     """The ranks do not hold the same plan, model or inputs."""
 
 
+class CommunicationError(DspError, RuntimeError):
+    """Another rank died, stopped at an error of its own, or did not come within the process group's timeout.
+
+    What is raised on every rank that waited for it. After it, the process group is of no use any more.
+    missing: ranks of the world that have not told of the failure themselves: those to look at.
+    """
+
+    missing: tuple[int, ...] = ()
+
+
 class PlanError(DspError):
     """What should be a plan is none, or it is one of another model, mesh or version."""
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from dsp_auto.c10d import group_called
 
 # .label: what the dsp primitive running in this thread is about to communicate; .counters: those active in this thread
 _here = threading.local()
@@ -112,7 +113,7 @@ class CountCollectives(TorchDispatchMode):
 
 def _ranks_of(given: dict[str, Any]) -> tuple[int, int]:
     if "group_name" in given:
-        group = c10d._resolve_process_group(given["group_name"])  # no public way from a name to its group
+        group = group_called(given["group_name"])
     else:
         group = torch.distributed.ProcessGroup.unbox(given["process_group"])
     return group.size(), group.rank()

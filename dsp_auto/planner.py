@@ -53,7 +53,7 @@ from .passes.regions import find_regions
 from .passes.rewrite import rewrite
 from .passes.solve import GAP, SLACK, TOLERANCE, OutOfTimeError, Solution, out_of_time, solve
 from .passes.stages import MAY_STAY_WHOLE, StageGraph, make_stages
-from .passes.summarize import summarize
+from .passes.summarize import group_stages, summarize
 from .plain_data import shorten
 from .plan import Plan
 from .progress import log_plan, step
@@ -528,7 +528,9 @@ def finish(
     with _no_garbage_collection():
         buckets: tuple[Bucket, ...] = make_buckets(problem.graph, problem.reshardings(solution.choice))
         names = {mesh_dims: (groups or mesh.label)(mesh_dims) for mesh_dims in problem.lines(solution.choice)}
-        graph = rewrite(prepared.program, problem, solution, buckets, mesh.coordinate(rank), names)
+        stages = group_stages(problem, solution.choice)
+        shown = {stage.index: number for number, own in enumerate(stages) for stage in own}
+        graph = rewrite(prepared.program, problem, solution, buckets, mesh.coordinate(rank), names, shown)
     seconds = {
         "export": prepared.seconds["export"],
         "capture": prepared.seconds["capture"],
@@ -536,7 +538,7 @@ def finish(
         "rewrite": time.perf_counter() - started,
     }
     with _no_garbage_collection():
-        found = summarize(problem, solution, buckets, prepared.options.strategy, prepared.options.capacity, seconds)
+        found = summarize(problem, solution, buckets, stages, prepared.options.strategy, prepared.options.capacity, seconds)
         return replace(found, decision=record(prepared, solution)), graph
 
 

@@ -19,12 +19,13 @@ a dim of which rank r holds the next `held[r]` elements; ranges may overlap, and
 lacks is sent. Partial means a sum. Shards follow `torch.tensor_split`
 (see dsp_auto.shards): uneven and empty ones are normal, nothing is padded. Where the ranks are those of several mesh dims,
 each of which cuts what the one before leaves, shards may follow another pattern: then a size is a list, one entry a rank.
-Outputs are contiguous where anything was communicated or cut. `ranks == 1` returns x.
+Outputs are contiguous where anything was communicated or cut. `ranks == 1` returns x. `where` is for errors: the stage and
+the tensor that the primitive is for.
 
 Each op is registered as CompositeImplicitAutograd: autograd, fake tensors and torch.compile look through it
 and see functional collectives and their waits, while a graph captured above it keeps one readable node.
 
-Raises `LayoutError` where dims, sizes, ranks or dtypes do not fit.
+Raises `LayoutError` where dims, sizes, ranks or dtypes do not fit, `CommunicationError` where another rank does not answer.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ import torch
 from torch import Tensor
 
 from dsp_auto import measure, simulate
-from dsp_auto.errors import LayoutError
+from dsp_auto.errors import DspError, LayoutError
+from dsp_auto.failures import failed
 from dsp_auto.shards import Piece, exchanged, pieces, shard_sizes
+from dsp_auto.units import show_tensor
 
 _library = torch.library.Library("dsp", "DEF")  # unregisters its ops when collected, so it must live
 _c10d = torch.ops._c10d_functional
@@ -57,12 +60,13 @@ Sizes = tuple[int, ...]  # of every rank's shard along a dim
 
 
 class _At(NamedTuple):
-    """Where and for whom a primitive communicates."""
+    """Where and for whom a primitive communicates; `where` is for people."""
 
     ranks: int
     rank: int
     group: str
     primitive: str
+    where: str
     direction: str = "forward"
 
     def backward(self) -> _At:
@@ -100,8 +104,10 @@ def _switch(
     rank: int,
     group: str,
     scatter_size: list[int] | None = None,
+    *,
+    where: str = "",
 ) -> Tensor:
-    return _switch_at(_site("switch", ranks, rank, group), x, gather_dim, gather_size, scatter_dim, scatter_size)
+    return _switch_at(_site("switch", ranks, rank, group, where), x, gather_dim, gather_size, scatter_dim, scatter_size)
 
 
 def _hierarchical_switch(
@@ -116,9 +122,11 @@ def _hierarchical_switch(
     rank: int,
     group: str,
     scatter_size: list[int] | None = None,
+    *,
+    where: str = "",
 ) -> Tensor:
-    inner = _site("hierarchical_switch", ranks, rank, group)
-    outer = _site("hierarchical_switch", outer_ranks, outer_rank, outer_group)
+    inner = _site("hierarchical_switch", ranks, rank, group, where)
+    outer = _site("hierarchical_switch", outer_ranks, outer_rank, outer_group, where)
     both = _Both("hierarchical_switch", outer, inner)
     return _switch_at(both, x, gather_dim, gather_size, scatter_dim, scatter_size)
 
@@ -149,8 +157,10 @@ def _split(
     group: str,
     partial_grad: bool = False,
     size: list[int] | None = None,
+    *,
+    where: str = "",
 ) -> Tensor:
-    at = _site("split", ranks, rank, group)
+    at = _site("split", ranks, rank, group, where)
     dim = _dim(x, dim, at)
     sizes = _check_whole(x, dim, size, at)
     if ranks == 1:
@@ -159,9 +169,17 @@ def _split(
 
 
 def _gather(
-    x: Tensor, dim: int, size: list[int], ranks: int, rank: int, group: str, partial_grad: bool = False
+    x: Tensor,
+    dim: int,
+    size: list[int],
+    ranks: int,
+    rank: int,
+    group: str,
+    partial_grad: bool = False,
+    *,
+    where: str = "",
 ) -> Tensor:
-    at = _site("gather", ranks, rank, group)
+    at = _site("gather", ranks, rank, group, where)
     dim = _dim(x, dim, at)
     sizes = _check_shard(x, dim, size, at)
     if ranks == 1:
@@ -169,8 +187,10 @@ def _gather(
     return _apply_gather(x, dim, sizes, partial_grad, at)
 
 
-def _reduce(x: Tensor, ranks: int, rank: int, group: str, partial_grad: bool = False) -> Tensor:
-    at = _site("reduce", ranks, rank, group)
+def _reduce(
+    x: Tensor, ranks: int, rank: int, group: str, partial_grad: bool = False, *, where: str = ""
+) -> Tensor:
+    at = _site("reduce", ranks, rank, group, where)
     _check_summable(x, at)
     if ranks == 1:
         return x
@@ -178,9 +198,9 @@ def _reduce(x: Tensor, ranks: int, rank: int, group: str, partial_grad: bool = F
 
 
 def _reduce_scatter(
-    x: Tensor, dim: int, ranks: int, rank: int, group: str, size: list[int] | None = None
+    x: Tensor, dim: int, ranks: int, rank: int, group: str, size: list[int] | None = None, *, where: str = ""
 ) -> Tensor:
-    at = _site("reduce_scatter", ranks, rank, group)
+    at = _site("reduce_scatter", ranks, rank, group, where)
     dim = _dim(x, dim, at)
     sizes = _check_whole(x, dim, size, at)
     _check_summable(x, at)
@@ -189,8 +209,10 @@ def _reduce_scatter(
     return _apply_reduce_scatter(x, dim, sizes, at)
 
 
-def _replicate(xs: list[Tensor], ranks: int, rank: int, group: str, materialize: bool = False) -> list[Tensor]:
-    at = _site("replicate", ranks, rank, group)
+def _replicate(
+    xs: list[Tensor], ranks: int, rank: int, group: str, materialize: bool = False, *, where: str = ""
+) -> list[Tensor]:
+    at = _site("replicate", ranks, rank, group, where)
     out = list(xs)
     wanted = [i for i, x in enumerate(xs) if _wants_grad(x)]
     if ranks > 1 and wanted:
@@ -200,9 +222,18 @@ def _replicate(xs: list[Tensor], ranks: int, rank: int, group: str, materialize:
 
 
 def _halo(
-    x: Tensor, dim: int, held: list[int], starts: list[int], stops: list[int], ranks: int, rank: int, group: str
+    x: Tensor,
+    dim: int,
+    held: list[int],
+    starts: list[int],
+    stops: list[int],
+    ranks: int,
+    rank: int,
+    group: str,
+    *,
+    where: str = "",
 ) -> Tensor:
-    at = _site("halo", ranks, rank, group)
+    at = _site("halo", ranks, rank, group, where)
     dim = _dim(x, dim, at)
     if not len(held) == len(starts) == len(stops) == ranks:
         raise LayoutError(f"halo: {len(held)} lengths and {len(starts)}, {len(stops)} ends for {ranks} ranks")
@@ -217,17 +248,21 @@ def _halo(
 
 for _schema, _op in {
     "switch(Tensor x, int gather_dim, int[1] gather_size, int scatter_dim, int ranks, int rank, str group,"
-    " int[]? scatter_size=None) -> Tensor": _switch,
+    " int[]? scatter_size=None, *, str where='') -> Tensor": _switch,
     "hierarchical_switch(Tensor x, int gather_dim, int[1] gather_size, int scatter_dim, int outer_ranks, int outer_rank,"
-    " str outer_group, int ranks, int rank, str group, int[]? scatter_size=None) -> Tensor": _hierarchical_switch,
-    "split(Tensor x, int dim, int ranks, int rank, str group, bool partial_grad=False, int[]? size=None)"
-    " -> Tensor": _split,
-    "gather(Tensor x, int dim, int[1] size, int ranks, int rank, str group, bool partial_grad=False)"
-    " -> Tensor": _gather,
-    "reduce(Tensor x, int ranks, int rank, str group, bool partial_grad=False) -> Tensor": _reduce,
-    "reduce_scatter(Tensor x, int dim, int ranks, int rank, str group, int[]? size=None) -> Tensor": _reduce_scatter,
-    "halo(Tensor x, int dim, int[] held, int[] starts, int[] stops, int ranks, int rank, str group) -> Tensor": _halo,
-    "replicate(Tensor[] xs, int ranks, int rank, str group, bool materialize=False) -> Tensor[]": _replicate,
+    " str outer_group, int ranks, int rank, str group, int[]? scatter_size=None, *, str where='')"
+    " -> Tensor": _hierarchical_switch,
+    "split(Tensor x, int dim, int ranks, int rank, str group, bool partial_grad=False, int[]? size=None, *,"
+    " str where='') -> Tensor": _split,
+    "gather(Tensor x, int dim, int[1] size, int ranks, int rank, str group, bool partial_grad=False, *,"
+    " str where='') -> Tensor": _gather,
+    "reduce(Tensor x, int ranks, int rank, str group, bool partial_grad=False, *, str where='') -> Tensor": _reduce,
+    "reduce_scatter(Tensor x, int dim, int ranks, int rank, str group, int[]? size=None, *, str where='')"
+    " -> Tensor": _reduce_scatter,
+    "halo(Tensor x, int dim, int[] held, int[] starts, int[] stops, int ranks, int rank, str group, *, str where='')"
+    " -> Tensor": _halo,
+    "replicate(Tensor[] xs, int ranks, int rank, str group, bool materialize=False, *, str where='')"
+    " -> Tensor[]": _replicate,
 }.items():
     _library.impl(_library.define(_schema), _op, "CompositeImplicitAutograd")
 
@@ -579,13 +614,41 @@ def before_first_collective(check: Callable[[], None]) -> Callable[[], None]:
 
 
 def _communicate(op: Any, at: _At, *args: Any) -> Tensor:
-    return _c10d.wait_tensor(_issue(op, at, *args))
+    return _wait(_issue(op, at, *args), at)
+
+
+def _wait(issued: Tensor, at: _At) -> Tensor:
+    """What a collective gives. Raises CommunicationError where other ranks are gone or too slow."""
+    with _told(at, issued):
+        return _c10d.wait_tensor(issued)
 
 
 def _issue(op: Any, at: _At, *args: Any) -> Tensor:
-    """Starts a collective: work may go on meanwhile, and what it gives is to be read after `wait_tensor` only."""
+    """Starts a collective: work may go on meanwhile, and what it gives is to be read after `_wait` only."""
     while _before_first:
         _before_first[0]()
+    with _told(at, args[0]):
+        return _issue_now(op, at, *args)
+
+
+class _told:
+    """Inside, what a backend raises says which primitive that was, in which stage."""
+
+    def __init__(self, at: _At, tensor: Tensor) -> None:
+        self.at, self.tensor = at, tensor
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # Out of memory, and what is an error of dsp_auto already, is no failure of another rank.
+        if isinstance(error, RuntimeError) and not isinstance(error, (DspError, torch.OutOfMemoryError)):
+            at, shown = self.at, show_tensor(self.tensor.dtype, self.tensor.shape)
+            asked = f"{at.primitive} in the {at.direction}, rank {at.rank} of {at.ranks}, {shown}"
+            raise failed(at.group, asked, at.where, error) from error
+
+
+def _issue_now(op: Any, at: _At, *args: Any) -> Tensor:
     if (world := simulate.current(args[0])) is not None:
         _simulated.calls.append(lambda: world.communicate(op, at, *args))
         try:
@@ -678,10 +741,10 @@ def _wants_grad(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def _site(primitive: str, ranks: int, rank: int, group: str) -> _At:
+def _site(primitive: str, ranks: int, rank: int, group: str, where: str) -> _At:
     if not 0 <= rank < ranks:
         raise LayoutError(f"{primitive}: rank {rank} is not one of {ranks} ranks")
-    return _At(ranks, rank, group, primitive)
+    return _At(ranks, rank, group, primitive, where)
 
 
 def _dim(x: Tensor, dim: int, at: _At | _Both) -> int:

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsp_auto.errors import DspError, LayoutError
-from dsp_auto.primitives import _At, _c10d, _exchange, _issue, _resized, _site, _wants_grad, _Ways
+from dsp_auto.primitives import _At, _c10d, _exchange, _issue, _resized, _site, _wait, _wants_grad, _Ways
 from dsp_auto.shards import exchanged, shard_sizes
 
 _library = torch.library.Library("dsp", "FRAGMENT")  # unregisters its op when collected, so it must live
@@ -202,8 +202,10 @@ def _ring_attention(
     ranks: int,
     rank: int,
     group: str,
+    *,
+    where: str = "",
 ) -> Tensor:
-    at = _site("ring", ranks, rank, group)
+    at = _site("ring", ranks, rank, group, where)
     _check(q, k, v, mask, queries, keys, is_causal, enable_gqa, at)
     if ranks == 1:
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -236,7 +238,7 @@ def short_ring(
 _library.impl(
     _library.define(
         "ring_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int[] queries, int[] keys, bool is_causal, "
-        "float? scale, bool enable_gqa, int ranks, int rank, str group) -> Tensor"
+        "float? scale, bool enable_gqa, int ranks, int rank, str group, *, str where='') -> Tensor"
     ),
     _ring_attention,
     "CompositeImplicitAutograd",
@@ -411,7 +413,7 @@ def _send(
     issued = _issue(_c10d.all_to_all_single, at, wire, receives, sends, at.group)
 
     def wait() -> list[Tensor]:
-        received = _c10d.wait_tensor(issued)
+        received = _wait(issued, at)
         return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)] if sizes else []
 
     return wait

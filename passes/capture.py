@@ -51,6 +51,10 @@ class GraphInput:
     same_as: str | None = None
 
 
+# PyTorch keeps for ever what ops gave on fake tensors, 2 KB a call: many signatures would fill the memory.
+MOST_FAKE_RESULTS = 20_000
+
+
 @dataclass(frozen=True)
 class Program:
     """A captured model: `graph` takes `inputs` in order and returns outputs, those of `mutated` first."""
@@ -100,6 +104,8 @@ def capture(
     args, kwargs = tuple(args), dict(kwargs or {})
     _check_call(model, args, kwargs)
     _check_whole(model)
+    if FakeTensorMode.cache_info().size > MOST_FAKE_RESULTS:
+        FakeTensorMode.cache_clear()
     fake, args, kwargs = _without_meta(model, args, kwargs)
     with unchanged(fake), traced(fake, args, kwargs, hooks):
         return _capture(fake, args, kwargs)

@@ -47,11 +47,11 @@ def propagate(module: fx.GraphModule, grads: Sequence[bool]) -> tuple[bool, dict
     leaves = []
     packed: list[torch.Tensor] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
+        # Nothing is kept, as no backward runs here: an op that saved its own result would keep it for ever.
         packed.append(tensor)
-        return tensor
 
-    with mode, torch.set_grad_enabled(any(grads)), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with mode, torch.set_grad_enabled(any(grads)), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 value, flag = node.meta.get("val"), next(flags)

@@ -43,22 +43,24 @@ def rewrite(
     buckets: Sequence[Bucket],
     coordinate: Sequence[int],
     groups: Mapping[tuple[int, ...], str],
+    shown: Mapping[int, int],
 ) -> fx.Graph:
     """The local program of the rank at `coordinate` of the mesh; its `get_attr`s are those of `program.module`.
 
     groups: c10d group name of this rank's line along each set of mesh dims that is communicated over (`Problem.lines`).
+    shown: by the index of a stage, the stage of the plan that it is in, which the primitives name in their errors.
     Takes this rank's inputs in the order of `program.inputs` and returns what `program` returns, in local layouts.
     """
-    return _Writer(program, problem, solution, buckets, coordinate, groups).write()
+    return _Writer(program, problem, solution, buckets, coordinate, groups, shown).write()
 
 
 class _Writer:
-    def __init__(self, program, problem: Problem, solution: Solution, buckets, coordinate, groups) -> None:
+    def __init__(self, program, problem: Problem, solution: Solution, buckets, coordinate, groups, shown) -> None:
         self.program, self.problem, self.choice = program, problem, solution.choice
         self.recomputed = solution.recomputed | problem.forced
         self.graph: StageGraph = problem.graph
         self.factors = self.graph.factors
-        self.coordinate, self.groups = coordinate, groups
+        self.coordinate, self.groups, self.shown = coordinate, groups, shown
         self.out = fx.Graph()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.copies: dict[tuple, fx.Node] = {}  # (storage, layout) -> node
@@ -69,6 +71,7 @@ class _Writer:
         self.interned: dict[tuple, torch.Tensor] = {}
         self.results: dict[tuple, Any] = {}
         self.meta: dict[str, Any] = {}
+        self.at = ""  # for whom ops are emitted, for people
         # Where an output leaves cut, each rank has a loss of its own, which may use other parameters than another's.
         self.losses_differ = any(isinstance(p, Shard) for use in self.graph.stages[-1].uses for p in use.wanted[0])
 
@@ -130,12 +133,14 @@ class _Writer:
             values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
             self.results[key] = self._interned(target(*values[0], **values[1]))
         new.meta["val"] = self.results[key]
+        if getattr(target, "namespace", None) == "dsp":
+            new.kwargs = {**kwargs, "where": self.at}
         return new
 
     def _op(self, op: Op, stage: Stage) -> None:
         strategy = stage.strategies[self.choice[stage.index]]
         number = self.problem.region_of.get(stage.index)
-        self.meta = _kept_meta(op.node)
+        self.meta, self.at = _kept_meta(op.node), self._site(stage)
         if number in self.recomputed:
             self.meta["region"] = number
             self.meta["kept"] = bool(op.results) and Kept(RESULT, stage.index, op.results[0]) in self.recomputed
@@ -184,6 +189,10 @@ class _Writer:
 
         return emit
 
+    def _site(self, stage: Stage) -> str:
+        path = stage.op.path if stage.op is not None else "output"
+        return f"stage {self.shown[stage.index]}, {path}" if path else f"stage {self.shown[stage.index]}"
+
     def _here(self, op: Op, together: Mapping[tuple[Cut, ...], tuple[int, ...]]) -> Local:
         return self.problem.here(op, together, self.coordinate, self.groups)
 
@@ -197,7 +206,7 @@ class _Writer:
     def _output(self, node: fx.Node) -> None:
         stage = self.graph.stages[-1]
         uses = iter(stage.uses)
-        self.meta = {}
+        self.meta, self.at = {}, self._site(stage)
         results = []
         for argument in node.args[0]:
             if isinstance(argument, fx.Node) and value_id(argument) in self.factors.values:
@@ -230,11 +239,12 @@ class _Writer:
                 self.meta = {**meta, "kept": kept in self.recomputed}
             else:
                 self.meta = {key: value for key, value in meta.items() if key not in ("region", "kept")}
+            at, self.at = self.at, f"{self.at}, {use.storage[0]}"
             for step in self.problem.resharding(use.storage, source, target, use.grad).steps:
                 if (use.storage, step.after) not in self.copies:
                     self._step(use.storage, current, step)
                 current = step.after
-            self.meta = meta
+            self.meta, self.at = meta, at
         return self._view(value, current)
 
     def _step(self, storage: ValueId, current: Layout, step: Step) -> None:
@@ -249,7 +259,7 @@ class _Writer:
         meta, self.meta = self.meta, {}
         nodes = [self.copies[storage, step.before] for storage, step in zip(storages, steps, strict=True)]
         arguments = (nodes, *self._where(steps[0].mesh_dims), self.losses_differ)
-        result = self.out.call_function(dsp.replicate.default, arguments)
+        result = self.out.call_function(dsp.replicate.default, arguments, {"where": self.at})
         result.meta["val"] = [node.meta["val"] for node in nodes]  # the identity
         for number, (storage, step) in enumerate(zip(storages, steps, strict=True)):
             new = self.out.call_function(operator.getitem, (result, number))

@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -410,14 +409,6 @@ def _groups_on_some_ranks_only(rank, ranks):
     return True
 
 
-def _the_worlds_store(rank, ranks):
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    store = dist.PrefixStore("test", _get_default_store())
-    store.set(f"rank{rank}", str(rank))
-    return [int(store.get(f"rank{other}")) for other in range(ranks)]
-
-
 def _parts_of_other_ranks_differ(rank, ranks):
     model, _, _ = transformer_2d(**SMALL)
     parallel = dsp_auto.parallelize(model, sp_mesh(ranks), in_layouts={"video": {"sp": 1}})
@@ -543,10 +534,6 @@ def test_random_states_that_drift_apart_are_told(world):
 
 def test_groups_that_only_some_ranks_made_hang_nothing(world):
     assert all(world(2).run(_groups_on_some_ranks_only))
-
-
-def test_the_worlds_store_can_be_had(world):
-    assert world(2).run(_the_worlds_store) == [[0, 1]] * 2
 
 
 def test_parts_of_different_ranks_of_dims_are_refused_on_every_rank(world):
