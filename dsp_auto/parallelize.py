@@ -557,7 +557,7 @@ class ParallelModule(nn.Module):
         device = state.mesh.device_type
         tensors = [*state.model.parameters(), *state.model.buffers()]
         own = {id(x): x for x in (*tensors, *(x.grad for x in tensors if x.grad is not None)) if x.device.type == device}
-        held = sum(local_value(x).nbytes for x in own.values())
+        held = sum(local_value(x, whole=False).nbytes for x in own.values())
         free = agreement.together(
             lambda: find_capacity("free", capacity.reserve, device, held=held, sharing=state.mesh.size()).bytes
         )

@@ -409,6 +409,14 @@ def _groups_on_some_ranks_only(rank, ranks):
     return True
 
 
+def _free(rank, ranks):
+    model, x = axial()
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks), capacity="free")
+    outputs = parallel(x)
+    assert deviation(outputs["x"], model(x)["x"]) <= OUTPUT_TOLERANCE
+    return parallel.plan.memory["capacity_bytes"]
+
+
 def _parts_of_other_ranks_differ(rank, ranks):
     model, _, _ = transformer_2d(**SMALL)
     parallel = dsp_auto.parallelize(model, sp_mesh(ranks), in_layouts={"video": {"sp": 1}})
@@ -534,6 +542,11 @@ def test_random_states_that_drift_apart_are_told(world):
 
 def test_groups_that_only_some_ranks_made_hang_nothing(world):
     assert all(world(2).run(_groups_on_some_ranks_only))
+
+
+def test_the_capacity_that_is_free_is_one_for_all_ranks(world):
+    first, second = world(2).run(_free)
+    assert first == second > 2**20
 
 
 def test_parts_of_different_ranks_of_dims_are_refused_on_every_rank(world):
