@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -450,6 +452,7 @@ class ParallelModule(nn.Module):
             remedy="load one file on every rank",
         )
         options = self._options()
+        self._check_options(options)
         ready, whole, given = agreement.together(lambda: self._ready(args, kwargs, shapes, called, options))
         if given is None:
             with step(f"solving for {as_mesh(state.mesh)}"):
@@ -463,9 +466,9 @@ class ParallelModule(nn.Module):
         module = local_module(graph, ready.program.module)
         agreement.check(
             plan.digest + str(ready.program.graph),
-            lambda: f"torch {torch.__version__}, plan {plan.digest[:12]}, {len(ready.program.graph.nodes)} nodes",
+            lambda: f"plan {plan.digest[:12]}, {len(ready.program.graph.nodes)} nodes",
             asked="the ranks do not hold the same model or plan",
-            remedy="run the same code and versions on every rank",
+            remedy="run the same code on every rank",
         )
         problem = ready.problem(solution.space)
         parts = parts_of_plan(ready.program, problem.graph, lambda value: problem.made(value, solution.choice))
@@ -562,6 +565,17 @@ class ParallelModule(nn.Module):
             lambda: find_capacity("free", capacity.reserve, device, held=held, sharing=state.mesh.size()).bytes
         )
         return replace(state.options, capacity=replace(capacity, bytes=min(agreement.gather(free))))
+
+    def _check_options(self, options: Options) -> None:
+        """Every rank plans in the same way, before one sends the others anything that they must understand."""
+        versions = f"torch {torch.__version__}, dsp_auto {version('dsp_auto')}"
+        given, usual = options.to_dict(), Options().to_dict()
+        self._dsp.agreement.check(
+            versions + json.dumps(given, sort_keys=True, default=str),
+            lambda: ", ".join((versions, *(f"{name}={given[name]!r}" for name in given if given[name] != usual[name]))),
+            asked="the ranks do not have the same versions and options",
+            remedy="run the same code, versions and options on every rank",
+        )
 
     def _check_random(self) -> None:
         """What all ranks hold they must draw alike, and the seeds of what they share too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import sys
 
 import pytest
 import torch
@@ -210,6 +211,23 @@ def _different_models(rank, ranks):
     parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
     with pytest.raises(dsp_auto.AgreementError):
         parallel(torch.randn(2, 6, 5, 8))
+    return True
+
+
+def _different_options(rank, ranks):
+    model, x = axial()
+    strategy = "ulysses" if rank else "dsp"
+    with pytest.raises(dsp_auto.AgreementError, match="rank 0: .*strategy='dsp'; rank 1: .*strategy='ulysses'"):
+        dsp_auto.parallelize(model, sp_mesh(ranks), strategy=strategy)(x)
+    return True
+
+
+def _different_versions(rank, ranks):
+    model, x = axial()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["dsp_auto.parallelize"], "version", lambda name: f"7.{rank}")
+        with pytest.raises(dsp_auto.AgreementError, match="dsp_auto 7.0; rank 1: .*dsp_auto 7.1"):
+            dsp_auto.parallelize(model, sp_mesh(ranks))(x)
     return True
 
 
@@ -498,6 +516,14 @@ def test_pieces_that_are_not_cut_like_tensor_split_are_refused(world):
 def test_ranks_with_different_shapes_are_told_so_before_anything_hangs(world):
     for message in world(2).run(_different_shapes):
         assert "[2, 6, 5, 8]" in message and "[2, 4, 5, 8]" in message and "rank 0" in message
+
+
+def test_ranks_with_different_options_are_told_so(world):
+    assert all(world(2).run(_different_options))
+
+
+def test_ranks_with_different_versions_are_told_so(world):
+    assert all(world(2).run(_different_versions))
 
 
 def test_ranks_with_different_models_are_told_so(world):
