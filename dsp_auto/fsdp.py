@@ -42,7 +42,7 @@ def managed(
     for module in modules:
         if not isinstance(module, FSDPModule):
             continue
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        for group in _groups(module):
             for own in group.fsdp_params:
                 info, wanted = own._module_info, own.mp_policy.param_dtype
                 cast = wanted is not None and own.sharded_param.is_floating_point()
@@ -56,6 +56,14 @@ def managed(
                 )
                 found.update({(id(owner), name): one for owner, name in owners})
     return found
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """What is gathered together; torch 2.11 knows one for each module, or none."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [group for group in [state._fsdp_param_group] if group is not None]
 
 
 def casts(module: FSDPModule) -> Casts:

@@ -15,7 +15,7 @@ import copy
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -223,8 +223,27 @@ def local_value(parameter: Tensor, whole: bool) -> Tensor:
     if not isinstance(parameter, DTensor):
         return parameter
     if whole:
-        return parameter.full_tensor(grad_placements=(Replicate(),) * parameter.device_mesh.ndim)
+        return whole_value(parameter, (Replicate(),) * parameter.device_mesh.ndim)
     return parameter.to_local(grad_placements=parameter.placements)
+
+
+def whole_value(value: DTensor, grad_placements: Placements | None = None) -> Tensor:
+    """`full_tensor`, of strided parts too, which torch 2.11 cannot put together: they are plain parts of a tensor with one dim
+    more, `(3 H) C` as `3 H C`."""
+    runs = {p.dim: p.split_factor for p in value.placements if isinstance(p, _StridedShard)}
+    if not runs:
+        return value.full_tensor(grad_placements=grad_placements)
+    part = value.to_local(grad_placements=value.placements)
+    for dim in sorted(runs, reverse=True):
+        part = part.unflatten(dim, (runs[dim], -1))
+    moved = [
+        Shard(p.dim + sum(dim < p.dim for dim in runs) + isinstance(p, _StridedShard)) if not p.is_replicate() else p
+        for p in value.placements
+    ]
+    whole = DTensor.from_local(part, value.device_mesh, moved).full_tensor(grad_placements=grad_placements)
+    for dim in sorted(runs):
+        whole = whole.flatten(dim, dim + 1)
+    return whole
 
 
 @contextmanager
@@ -265,14 +284,21 @@ def _parts_as_ranges(module: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 
 def _as_ranges(value: DTensor) -> DTensor:
-    return value.redistribute(placements=[Shard(p.dim) if isinstance(p, _StridedShard) else p for p in value.placements])
+    return _recut(value, [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in value.placements])
+
+
+def _recut(value: DTensor, placements: Sequence[Placement]) -> DTensor:
+    """`redistribute`, to strided parts and from them too (see `whole_value`)."""
+    if not any(isinstance(p, _StridedShard) for p in (*value.placements, *placements)):
+        return value.redistribute(placements=placements)
+    return value if value.placements == tuple(placements) else cut(whole_value(value), value.device_mesh, tuple(placements))
 
 
 def _cut_like(value: Tensor, parameter: DTensor) -> DTensor:
     """A tensor of the parameter's shape, whole or cut in another way, as a DTensor cut like the parameter."""
     if isinstance(value, DTensor) and value.device_mesh == parameter.device_mesh:
-        return value.detach().redistribute(placements=parameter.placements)
-    whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+        return _recut(value.detach(), parameter.placements)
+    whole = whole_value(value.detach()) if isinstance(value, DTensor) else value.detach()
     return cut(whole, parameter.device_mesh, parameter.placements)
 
 

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dsp_auto import measure, simulate
 from dsp_auto.errors import DspError, LayoutError
@@ -480,7 +481,7 @@ def _run_reduce_scatter(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
 
 def _run_all_reduce(x: Tensor, at: _At, owned: bool = False) -> Tensor:
     """`owned`: nobody else holds x, so it may be overwritten. A compiler decides that for itself."""
-    op = _c10d.all_reduce_ if owned and not torch.compiler.is_compiling() else _c10d.all_reduce
+    op = _c10d.all_reduce_ if owned and type(x) in (Tensor, FakeTensor) else _c10d.all_reduce
     return _communicate(op, at, x.contiguous(), "sum", at.group)
 
 
@@ -641,8 +642,9 @@ class _told:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # Out of memory, and what is an error of dsp_auto already, is no failure of another rank.
-        if isinstance(error, RuntimeError) and not isinstance(error, (DspError, torch.OutOfMemoryError)):
+        # Out of memory, what is an error of dsp_auto already, and what a compiler says are no failure of another rank.
+        others = isinstance(error, RuntimeError) and not isinstance(error, (DspError, torch.OutOfMemoryError))
+        if others and type(self.tensor) is Tensor:
             at, shown = self.at, show_tensor(self.tensor.dtype, self.tensor.shape)
             asked = f"{at.primitive} in the {at.direction}, rank {at.rank} of {at.ranks}, {shown}"
             raise failed(at.group, asked, at.where, error) from error

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from .errors import DspError
 from .measure import CountCollectives
 from .parallelize import parallelize
+from .parameters import whole_value
 from .plan import Plan
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
@@ -129,7 +130,7 @@ def _gradients(model: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[str, to
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     found |= {f"input {n}": tensor.grad for n, tensor in enumerate(inputs)}
     return {
-        name: None if grad is None else grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+        name: None if grad is None else whole_value(grad) if isinstance(grad, DTensor) else grad.clone()
         for name, grad in found.items()
     }
 
