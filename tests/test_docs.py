@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import dsp_auto
 from docs import make_api, make_ops
 from dsp_auto import errors
 from dsp_auto.passes.rules import registered
+from examples.transformer_2d import build as transformer_2d
 from tests import pages
 from tests.pages import ROOT, Page
 
@@ -57,6 +59,13 @@ def test_code_of_the_page_runs_and_prints_what_it_shows(path, world, tmp_path):
 def test_blocks_that_are_not_run_are_known_with_their_reasons():
     found = {path.name: [block.not_run for block in Page.read(path).blocks if block.not_run] for path in (*PAGES, README)}
     assert {name: reasons for name, reasons in found.items() if reasons} == NOT_RUN
+
+
+def test_every_block_of_the_pages_is_of_a_kind_that_is_looked_at():
+    """A misspelled language would not be run, and a `text` that follows nothing not be compared."""
+    for path in PAGES:
+        kinds = {block.language for block in Page.read(path).blocks}
+        assert kinds <= ({"py"} if path == make_api.PLACE else {"python", "console", "sh"}), f"{path.name}: {kinds}"
 
 
 @pytest.mark.parametrize("path", [*PAGES, README], ids=lambda path: path.stem)
@@ -206,6 +215,19 @@ def _names_of_readme() -> dict[str, Any]:
 def test_code_of_readme_runs_on_two_ranks(world):
     codes = [(block.line, block.text) for block in Page.read(README).blocks if block.language == "python"]
     world(2).run(pages.run_text, codes, str(README), _names_of_readme)
+
+
+def test_the_demo_of_readme_is_what_it_plans():
+    """But for seconds, and for what is measured."""
+    shown = next(block.text for block in Page.read(README).blocks if "largest deviation from one device" in block.text)
+    sizes = dict(layers=2, hidden=64, heads=4, frames=51, tokens=250, batch=1)
+    assert shown.startswith(f"Transformer-2D ({', '.join(f'{name} {size}' for name, size in sizes.items())})")
+    model, args, kwargs = transformer_2d(**sizes)
+    args[0].requires_grad_()
+    planned = str(dsp_auto.plan(model, "4", args, kwargs, dim_names=transformer_2d.dim_names))
+    seconds = re.compile(r"(?<=; seconds: ).*")
+    table = "mesh sp=4" + seconds.sub("", shown).partition("mesh sp=4")[2].partition("\n\nlargest")[0]
+    assert pages.matches(table, seconds.sub("", planned)), f"README shows\n{table}\nand the plan is\n{planned}"
 
 
 # --- the machinery itself
