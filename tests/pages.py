@@ -92,6 +92,13 @@ class Page:
     def run(self, folder: Path, on_ranks: Callable[..., list[str]]) -> None:
         """Runs all blocks in `folder`. on_ranks: `World.run` of so many ranks. Raises AssertionError where a page shows
         something else than its code prints."""
+        for block, what, shown, printed in self.outcomes(folder, on_ranks):
+            place = f"{self.path.name}, block of line {block.line}"
+            assert matches(shown, printed), f"{place}: {what} prints\n\n{printed}\n\nand the page shows\n\n{shown}"
+
+    def outcomes(self, folder: Path, on_ranks: Callable[..., list[str]]) -> Iterator[tuple[Block, str, str, str]]:
+        """Runs all blocks, and gives for each thing that is shown the block, what prints it, what is shown, and what is
+        printed."""
         namespace: dict[str, Any] = {"__name__": self.path.stem}
         for block in self.blocks:
             if block.file:
@@ -104,16 +111,12 @@ class Page:
                     code = compile("\n" * (block.line - 1) + block.text, self.path.name, "exec")
                     printed = _printed(lambda code=code: exec(code, namespace))
                     if block.shown is not None:
-                        self._same(block, block.shown, printed)
+                        yield block, "the code", block.shown, printed
                 elif block.language == "console":
                     for command, shown in commands(block.text):
                         printed = _run_command(command, folder, on_ranks)
                         if printed is not None and shown:
-                            self._same(block, shown, printed, command)
-
-    def _same(self, block: Block, shown: str, printed: str, what: str = "the code") -> None:
-        place = f"{self.path.name}, block of line {block.line}"
-        assert matches(shown, printed), f"{place}: {what} prints\n\n{printed}\n\nand the page shows\n\n{shown}"
+                            yield block, command, shown, printed
 
 
 def matches(shown: str, printed: str) -> bool:
@@ -124,6 +127,19 @@ def matches(shown: str, printed: str) -> bool:
         for line in lines
     )
     return re.fullmatch(pattern, printed.strip("\n") + "\n") is not None
+
+
+def renewed(shown: str, printed: str) -> str | None:
+    """What a page should show in place of `shown` where something else is printed by now, with what is left out there left out
+    again, and seconds. None where whole lines are left out: that is for a person."""
+    left_out = [line.rstrip() for line in shown.split("\n") if ANYTHING in line]
+    if any(line.strip() == ANYTHING for line in left_out):
+        return None
+    found = []
+    for line in printed.strip("\n").split("\n"):
+        line = re.sub(r"(?<=; seconds: ).*", ANYTHING, line.rstrip())
+        found.append(next((own for own in left_out if matches(own, line)), line))
+    return "\n".join(found) + "\n"
 
 
 def commands(text: str) -> Iterator[tuple[str, str]]:
@@ -147,7 +163,9 @@ def _run_command(command: str, folder: Path, on_ranks: Callable[..., list[str]])
     if words[0] == "torchrun" and scripts:
         ranks = int(words[words.index("--nproc-per-node") + 1])
         if ranks <= MOST_RANKS:
-            return on_ranks(ranks, str(folder), words[scripts[0] :])[0]
+            # Processes that start now stay for other tests, and would inherit these.
+            with contextlib.chdir(ROOT), mock.patch.object(sys, "path", [own for own in sys.path if own != str(folder)]):
+                return on_ranks(ranks, str(folder), words[scripts[0] :])[0]
     return None
 
 

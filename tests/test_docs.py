@@ -261,6 +261,18 @@ def test_what_is_left_out_stands_for_anything(shown, printed, same):
 
 
 @pytest.mark.parametrize(
+    "shown, printed, now",
+    [
+        ("a 1\nb …\n", "a 2\nb 3\nc\n", "a 2\nb …\nc\n"),
+        ("gap 0%; seconds: …\n", "gap 1%; seconds: plan 0.1\n", "gap 1%; seconds: …\n"),
+        ("…\nb\n", "c\n", None),
+    ],
+)
+def test_what_is_left_out_stays_left_out_when_a_page_is_written_anew(shown, printed, now):
+    assert pages.renewed(shown, printed) == now and (now is None or pages.matches(now, printed))
+
+
+@pytest.mark.parametrize(
     "command",
     [
         *("make nothing", "dsp-auto explode", "dsp-auto explain x:y --mash 8", "torchrun --nproc-per-node 2 none.py"),
