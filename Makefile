@@ -36,3 +36,5 @@ $(VENV)/stamp-test: $(VENV)/stamp-run
 
 docs: $(VENV)/stamp-test
 	$(VENV)/bin/python -m docs.make_ops
+	$(VENV)/bin/python -m docs.make_api
+	$(VENV)/bin/python -m docs.make_shown

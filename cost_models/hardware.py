@@ -102,6 +102,7 @@ class Hardware:
     """A device, the links inside a node and between nodes, and kernels by kind or by op (see `compute.Launch`), or by one of
     these in a dtype (`"attention@bfloat16"`).
 
+    name: of the profile. intra: the link between two devices of a node, of which there are `gpus_per_node`. kernels: by name.
     inter: between nodes; None: there is no second node. links: those of mesh dims that the user names himself, "sp" for
         "sp.0" and "sp.1" too. inside: of mesh dims that lead out of a node, how many neighbours share one (see `on`).
     host: seconds that the host spends on each op besides its kernel, where it does not run ahead of the device.
@@ -202,6 +203,7 @@ class Hardware:
         return communication - min(self.overlap * communication, computation)
 
     def to_json(self) -> str:
+        """The profile as JSON text, as `dsp-auto calibrate` writes it."""
         return json.dumps({"format": FORMAT, **_plain(self)}, indent=1, allow_nan=False) + "\n"
 
     @classmethod

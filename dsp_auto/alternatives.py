@@ -29,7 +29,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """Of the ops in `modules`, under the plan `made`; prints as a table of differences."""
+    """Of the ops in `modules`, under the plan `made`; prints as a table of differences. entries: one for each mesh dim and what
+    could be sharded over it."""
 
     modules: str
     made: Plan

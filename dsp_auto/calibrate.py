@@ -74,7 +74,9 @@ class Calibration:
 def calibrate(mesh: DeviceMesh, *, quick: bool = False, name: str = "calibrated") -> Calibration:
     """Measure the devices and links of `mesh`; to be called on all its ranks, at a time when nothing else runs there.
 
-    quick: fewer sizes and shorter blocks, for a try. Raises MeshError where the mesh is not all processes there are.
+    quick: fewer sizes and shorter blocks, for a try. name: of the profile.
+
+    Raises MeshError where the mesh is not all processes there are.
     """
     shape = as_mesh(mesh)
     if not dist.is_initialized() or dist.get_world_size() != shape.ranks:

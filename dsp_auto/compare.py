@@ -47,7 +47,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One strategy: its plan, the prediction of a step, and its collectives; or, where it has none of these, why.
+    """One strategy: its plan, the prediction of a step (seconds), and its collectives; or, where it has none of these, why.
 
     collectives: of "forward", "backward" (without those of parameters) and "parameters" (of both), by kind (see
         `hardware.KINDS`).
@@ -62,7 +62,7 @@ class Candidate:
     reason: str = ""
 
     def wire_bytes(self, *which: str) -> float:
-        """What a device sends in a step, or in "forward", "backward" or for "parameters"."""
+        """Bytes that a device sends in a step, or in "forward", "backward" or for "parameters"."""
         kinds = [self.collectives[part] for part in which or (FORWARD, BACKWARD, PARAMETERS)]
         return sum(traffic.wire_bytes for part in kinds for traffic in part.values())
 
@@ -80,6 +80,7 @@ class Candidate:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
+        """What `to_dict` gave."""
         data = dict(data)
         if data["plan"] is not None:
             data["plan"] = Plan.from_json(data["plan"])

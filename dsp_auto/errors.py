@@ -48,7 +48,8 @@ class NoShardableFactorError(DspError):
 
 
 class StrategyError(DspError):
-    """The name of a strategy or of an objective that does not exist."""
+    """An option that does not exist, or that is not possible beside the others: a strategy, an objective, a capacity, a profile
+    of hardware, a training state."""
 
 
 class AgreementError(DspError):

@@ -73,7 +73,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Fitted:
-    """One strategy: its smallest size that fits, and the smallest that recomputes no block; they may be one.
+    """One strategy: its `smallest` size that fits, and the smallest that recomputes no block (`without_recompute`); they may be
+    one.
 
     error, reason: where no size fits, the name of the error's class and what it says for the size that came nearest.
     undecided: sizes for which the solver found no plan in its time, and did not find that there is none.
@@ -91,7 +92,8 @@ class Fitted:
 class Fit:
     """What `fit` found; prints as tables, keeps as JSON.
 
-    capacity_bytes: what a plan may use of a GPU; reserve_bytes: what is kept back. state: what training keeps of each
+    gpus: all there are. hardware: the profile's name. capacity_bytes: what a plan may use of a GPU; reserve_bytes: what is kept
+    back. training: whether a step has a backward. state: what training keeps of each
     parameter, in words. batch: samples of one replica's step, as the model's example has them. strategies: in the order of
     `presets.PRESETS`. sequence, step: the argument that `longest` is about, and what its values are multiples of.
     """

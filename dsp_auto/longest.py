@@ -22,7 +22,7 @@ FURTHEST = 64  # times what was tried: how far one guess may go
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest sequence that fits with a strategy on so many ranks.
+    """The longest sequence that fits with a strategy on `sequence_parallel` ranks.
 
     value: the largest that was found to fit, None where none was. fails: the least that was found not to; one step above
     `value`, unless the search ended before, and None where none was. refused: what stands in the way where it is not memory.

@@ -287,6 +287,7 @@ class ParallelModule(nn.Module):
 
     @property
     def plans(self) -> tuple[Plan, ...]:
+        """The plans of all kept signatures, the least recently used first."""
         return tuple(prepared.plan for prepared in self._dsp.kept.values())
 
     @property
@@ -295,7 +296,7 @@ class ParallelModule(nn.Module):
         return self._dsp.latest.module if self._dsp.latest is not None else None
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
-        """Plan for these arguments without running them."""
+        """Plan for these arguments without running them. Raises what `parallelize` raises."""
         prepared, _, finish = self._find(args, kwargs)
         finish()
         return prepared.plan

@@ -26,7 +26,14 @@ _ASK = "_ask"
 
 @dataclass(frozen=True)
 class Enter:
-    """One primitive on the way into a stage. Bytes are wire bytes per device, for all `tensors` together."""
+    """One primitive on the way into a stage.
+
+    primitive: "switch" and so on. tensor: its name in the program; tensors: how many, where several come in alike. mesh_dim:
+        the one that it goes over, several joined by "+".
+    source, target: the sharded factor before and after, "R" for whole on every rank, "P" for a sum of which each rank holds a
+        summand.
+    forward_bytes, backward_bytes: wire bytes per device, of all tensors together.
+    """
 
     primitive: str
     tensor: str
@@ -38,19 +45,26 @@ class Enter:
     tensors: int = 1
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain data, as JSON has it: `source` and `target` are called "from" and "to" there."""
         found = asdict(self)
         found["from"], found["to"] = found.pop("source"), found.pop("target")
         return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Enter:
+        """What `to_dict` gave."""
         rest = {key: value for key, value in data.items() if key not in ("from", "to")}
         return cls(source=data["from"], target=data["to"], **rest)
 
 
 @dataclass(frozen=True)
 class PlanStage:
-    """Neighbouring ops that run on one layout. `layout`: per mesh dim the sharded factor, or "R"."""
+    """Neighbouring ops that run on one layout.
+
+    index: from 0, in the order in which they run. name: where in the model they are, paths of modules. ops: how many.
+    computes_over: the factors that they need whole. layout: per mesh dim the sharded factor, or "R". enter: the primitives on
+        the way in.
+    """
 
     index: int
     name: str
@@ -64,6 +78,8 @@ class PlanStage:
 class Plan:
     """What `dsp_auto.plan` decided, as plain data.
 
+    objective: "volume" or "time". strategy: which system's ways it may take, also where the user named none.
+    stages: the groups of ops in order, the output last.
     mesh: the mesh dims and their sizes. split: where the planner has split one (8 ranks as 4 x 2), the dims that it used
         instead, which `layout`s name.
     communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
@@ -83,7 +99,8 @@ class Plan:
         `found` by running the op.
     without_rule: ops that no rule covers and that therefore run replicated, and why none does. random: ops that draw random
         numbers and run replicated, so that all ranks draw the same.
-    seconds: what making the plan took. solver: what the solver said; bytes, or seconds for the objective "time".
+    seconds: what making the plan took, by pass. versions: of torch. solver: what the solver said; bytes, or seconds for the
+        objective "time".
     decision: all that running the plan takes without solving again, and what it was made for; see `decision`.
     """
 

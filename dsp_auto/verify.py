@@ -48,7 +48,8 @@ class Comparison:
 class Traffic:
     """Wire bytes per device of one primitive in one direction: the plan's, and the mean of what the ranks sent.
 
-    Shards of uneven factors differ in size, and so do the ranks; the plan predicts their mean.
+    direction: "forward" or "backward". collectives: how many. predicted, measured: bytes. Shards of uneven factors differ in
+    size, and so do the ranks; the plan predicts their mean.
     """
 
     primitive: str
@@ -136,11 +137,13 @@ def _gradients(model: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[str, to
 
 
 def traffic(plan: Plan, measured: Sequence[Mapping[tuple[str, str], tuple[int, float]]]) -> list[Traffic]:
-    """Predicted against measured bytes; `measured` has every rank's counts. Silent primitives are left out."""
+    """Predicted against measured bytes, in the plan's order; `measured` has every rank's counts. Silent primitives are left
+    out."""
     planned = plan.communication["by_primitive"]
     predicted = {(primitive, way): entry[f"{way}_bytes"] for primitive, entry in planned.items() for way in _DIRECTIONS}
     found = []
-    for key in sorted({*predicted, *(key for rank in measured for key in rank)}, key=lambda k: _DIRECTIONS.index(k[1])):
+    keys = dict.fromkeys((*predicted, *(key for rank in measured for key in rank)))
+    for key in sorted(keys, key=lambda k: _DIRECTIONS.index(k[1])):
         counts, sent = zip(*(rank.get(key, (0, 0.0)) for rank in measured))
         entry = Traffic(*key, max(counts), predicted.get(key, 0.0), sum(sent) / len(measured))
         if entry.collectives or entry.predicted:

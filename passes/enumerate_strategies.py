@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .factors import Cut, Factors, Op
-from .layout import Layout, P, Placement, R, Shard, V
+from .layout import Layout, P, Placement, R, Shard, V, show_placement
+from .nodes import ValueId
 from .presets import Space
 
 
@@ -48,6 +49,16 @@ class Strategy:
             if cut:
                 found[cut] = (*found.get(cut, ()), m)
         return found
+
+
+def show_strategy(strategy: Strategy, op: Op, factors: Factors) -> str:
+    """`T V V -> T`: what operands and results are, V for Replicate with a Partial gradient; over several mesh dims `T/S`."""
+
+    def show(layouts: tuple[Layout, ...], values: tuple[ValueId, ...]) -> str:
+        named = [(layout, factors.factor_names(value)) for layout, value in zip(layouts, values, strict=True)]
+        return " ".join("/".join("V" if own == V else show_placement(own, names) for own in layout) for layout, names in named)
+
+    return f"{show(strategy.operands, op.operands)} -> {show(strategy.results, op.results)}"
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,13 @@ def propagate(module: fx.GraphModule, grads: Sequence[bool]) -> tuple[bool, dict
                     value = mode.from_tensor(value)
             elif node.op == "output":
                 break
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise CaptureError(
+                    asked=f"cannot plan {node.target}",
+                    found="it runs functions that are not in the graph, as control flow does",
+                    where=module_path(node) or None,
+                    remedy="write both ways out and choose with torch.where, or write loops in Python",
+                )
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 packed.clear()

@@ -21,7 +21,7 @@ from dsp_auto.shards import nested_sizes
 
 from .capture import Program
 from .constrain import Constraint, constrain
-from .enumerate_strategies import Strategy, enumerate_strategies, without_gradient
+from .enumerate_strategies import Strategy, enumerate_strategies, show_strategy, without_gradient
 from .factors import Factors, Op, Value
 from .layout import Layout, R, Shard, cutters
 from .nodes import ValueId, value_id
@@ -99,6 +99,20 @@ class StageGraph:
             for use in stage.uses:
                 found.setdefault(use.storage, []).append(use)
         return {storage: tuple(uses) for storage, uses in found.items()}
+
+    def __str__(self) -> str:
+        return self.show()
+
+    def show(self, choice: Sequence[int] | None = None) -> str:
+        """A line for each op that is decided about: where it stands, its name, and its strategies, or the chosen one."""
+        lines = []
+        for stage in self.stages:
+            if stage.op is None:
+                continue
+            own = stage.strategies if choice is None else stage.strategies[choice[stage.index] :][:1]
+            shown = " | ".join(show_strategy(strategy, stage.op, self.factors) for strategy in own)
+            lines.append(f"{stage.index:3} {stage.path or 'the model':12} {stage.op.name:12} {shown}")
+        return "\n".join(lines)
 
     def local_bytes(self, storage: ValueId, layout: Layout) -> int:
         """Bytes of the storage on the rank that holds most of it."""

@@ -205,3 +205,13 @@ def test_arguments_that_forward_does_not_take_are_named(args, kwargs, message):
         capture(Two(), args, kwargs)
     assert "Two.forward(video, text=None, *, scale)" in str(caught.value)
     assert "control flow" not in str(caught.value)
+
+
+def by_cond(linear, x):
+    return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x + 1, (linear(x),))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_control_flow_on_values_is_refused(grad):
+    with torch.set_grad_enabled(grad), pytest.raises(dsp_auto.CaptureError, match="0: cannot plan cond: it runs functions"):
+        capture(nn.Sequential(Function(by_cond)), (video(grad),))

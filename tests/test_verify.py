@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import dsp_auto.rehearse as rehearsal
 from dsp_auto import cli
 from dsp_auto.passes.presets import PRESETS
 from dsp_auto.passes.rules import registered_by_user
+from dsp_auto.verify import traffic
 from examples.transformer_2d import build as transformer_2d
 
 UNEVEN = {"layers": 1, "hidden": 16, "heads": 4, "frames": 7, "tokens": 9, "batch": 2}
@@ -35,6 +37,16 @@ class WithDropout(nn.Module):
     def forward(self, x):  # [B, T, S, C]
         x = x + self.drop(self.over_t(x).softmax(1))
         return x + self.drop(F.scaled_dot_product_attention(x, x, self.over_s(x), dropout_p=self.inside * self.training))
+
+
+def test_bytes_are_told_in_the_order_of_the_plan():
+    """Not in that of a set, which differs from one run of Python to the next."""
+    names = [f"primitive_{n}" for n in range(20)]
+    sent = {"forward_bytes": 1.0, "backward_bytes": 1.0}
+    planned = SimpleNamespace(communication={"by_primitive": {name: sent for name in names}})
+    measured = [{(name, way): (1, 1.0) for name in [*reversed(names), "more"] for way in ("backward", "forward")}]
+    found = [(entry.direction, entry.primitive) for entry in traffic(planned, measured)]
+    assert found == [(way, name) for way in ("forward", "backward") for name in [*names, "more"]]
 
 
 @pytest.mark.parametrize("strategy", PRESETS)
