@@ -133,8 +133,11 @@ def messages() -> dict[str, str]:
                 if isinstance(node, ast.Call):
                     given = {keyword.arg: keyword.value for keyword in node.keywords}
                     own = given.get("asked")
-                    if own is None and isinstance(node.func, ast.Name) and node.func.id in ERRORS and node.args:
+                    called = node.func.id if isinstance(node.func, ast.Name) else ""
+                    if own is None and called in ERRORS and node.args:
                         own = node.args[0]
+                    elif called == "failed" and len(node.args) > 1:  # of `failures`
+                        own = node.args[1]
                 elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "asked":
                     own = node.value
                 text = None if own is None else _message(own)
