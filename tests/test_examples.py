@@ -122,3 +122,12 @@ def test_the_checkpoint_script_goes_on_with_other_ranks_and_another_strategy(wor
     first = world(2).run(_run, "checkpoint", "--folder", folder)[0]
     then = world(4).run(_run, "checkpoint", "--folder", folder, "--strategy", "megatron-lm")[0]
     assert [*first, *then] == pytest.approx(_one_device(6, 1), rel=1e-4)
+
+
+def test_the_latte_script_makes_the_latents_of_one_device(world):
+    latte = importlib.import_module("examples.latte")
+    _, sizes = importlib.import_module("examples.launch").options(TINY)
+    expected = [latte.generate(latte.pipeline("cpu", sizes), "cpu", sizes, 3, length) for length in (20, 12, 20)]
+    for made in world(2).run(_run, "latte"):
+        torch.testing.assert_close([latents for latents, _ in made], expected, rtol=1e-5, atol=1e-5)
+        assert [plans for _, plans in made] == [1, 2, 2]
