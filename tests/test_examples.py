@@ -112,6 +112,12 @@ def test_data_parallel_scripts_lose_what_one_device_loses_on_all_videos(world):
     assert replicated == [pytest.approx(_one_device(3, 2), rel=1e-4)] * 4
 
 
+def test_the_pipeline_script_loses_what_one_device_loses(world):
+    *first, third, fourth = world(4).run(_run, "train_pipeline")
+    assert first == [[], []]
+    assert third == fourth == pytest.approx(_one_device(3, 1), rel=1e-4)
+
+
 def test_the_compiled_script_loses_what_one_device_loses(world):
     for losses in world(2).run(_run, "compile", "--backend", "aot_eager"):
         assert losses == pytest.approx(_one_device(3, 1), rel=1e-4)
