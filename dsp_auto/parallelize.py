@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -230,12 +231,15 @@ class ParallelModule(nn.Module):
         in_parts = bool(placements_in(model, mesh, managed))
         self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), given, in_parts=in_parts)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(self: ParallelModule, *args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
         self.__dict__["_compiled"] = Programs()
-        forward.__signature__ = inspect.signature(model.forward)
-        self.__dict__["forward"] = forward
+        # A method, because what wraps a module's forward may take it for one.
+        taken = inspect.signature(model.forward)
+        bound = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = taken.replace(parameters=[bound, *taken.parameters.values()])
+        self.__dict__["forward"] = MethodType(forward, self)
 
     def __getattr__(self, name: str) -> Any:
         try:
