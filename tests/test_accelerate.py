@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
@@ -19,15 +18,15 @@ import dsp_auto
 from examples.transformer_2d import build as transformer_2d
 from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, deviation
 from tests.test_examples import TINY, one_device, run_script
+from tests.world import launched
 
 SMALL = dict(layers=1, hidden=16, heads=2, frames=5, tokens=7, batch=4)
 
 
 @contextmanager
-def launched(rank, ranks):
-    """What a launcher tells a process, and Accelerate's state as in a new one."""
-    told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
-    with mock.patch.dict(os.environ, {name: str(n) for name, n in told.items()}):
+def started(rank, ranks):
+    """Accelerate as in a process that a launcher has started."""
+    with launched(rank, ranks):
         try:
             yield
         finally:
@@ -36,7 +35,7 @@ def launched(rank, ranks):
 
 
 def _script(rank, ranks, *argv):
-    with launched(rank, ranks):
+    with started(rank, ranks):
         return run_script(rank, ranks, "train_accelerate", *argv)
 
 
@@ -63,7 +62,7 @@ def _accumulated(rank, ranks, folder):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     at = mesh["dp"].get_local_rank()
     (model, (videos,), _), (reference, _, _) = transformer_2d(**SMALL), transformer_2d(**SMALL)
-    with launched(rank, ranks):
+    with started(rank, ranks):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         parallel = dsp_auto.parallelize(model, mesh["sp"])
         run, optimizer = accelerator.prepare(parallel, torch.optim.AdamW(parallel.parameters(), lr=0.1))
@@ -96,7 +95,7 @@ def _mixed(rank, ranks):
     """In mixed precision, and taken out of it again: deviations from a plain module that is treated alike."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
     (model, (videos,), _), (reference, _, _) = transformer_2d(**SMALL), transformer_2d(**SMALL)
-    with launched(rank, ranks):
+    with started(rank, ranks):
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         both = [accelerator.prepare(one) for one in (dsp_auto.parallelize(model, mesh), reference)]
         found = [[run(videos) for run in both]]
