@@ -23,7 +23,7 @@ TIMEOUT = timedelta(minutes=30)  # a rank may still be capturing a large model
 _groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
 
-def _gloo_group(ranks: tuple[int, ...], rank: int) -> Any:
+def gloo_group(ranks: tuple[int, ...], rank: int) -> Any:
     """A gloo group of `ranks`, made by these ranks alone.
 
     Not `dist.new_group`: it either waits for all ranks of the world, or names the group after how many groups this process
@@ -78,7 +78,7 @@ class Agreement:
 
     def _gather_tensors(self, own: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
         found = [torch.empty_like(own) for _ in range(self.size)]
-        return found, _gloo_group(self.ranks, self.rank).allgather([found], [own])
+        return found, gloo_group(self.ranks, self.rank).allgather([found], [own])
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""

@@ -145,7 +145,7 @@ def parallelize(
         raise MeshError(
             asked=f"parallelize over {mesh!r}",
             found=f"a {type(mesh).__name__}",
-            remedy="pass a DeviceMesh (init_device_mesh)",
+            remedy="pass a DeviceMesh (init_device_mesh, or DeviceMesh.from_group of a group and the kind of its devices)",
         )
     if plan is not None:
         options.check_none()
@@ -460,7 +460,7 @@ class ParallelModule(nn.Module):
                 solution = agreement.from_first(lambda: decide(ready))
         else:
             solution = agreement.together(lambda: restore(ready, given))
-        groups = group_names(state.mesh, ready.problem(solution.space).graph.mesh)
+        groups = agreement.together(lambda: group_names(state.mesh, ready.problem(solution.space).graph.mesh))
         plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups))
         if given is not None:
             agreement.together(lambda: check_same(given, plan))

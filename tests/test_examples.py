@@ -109,7 +109,8 @@ def test_data_parallel_scripts_lose_what_one_device_loses_on_all_videos(world):
     sharded = world(4).run(run_script, "train_fsdp", "--precision", "float32")
     replicated = world(4).run(run_script, "train_ddp")
     assert sharded == [pytest.approx(one_device(3, 2, clipped=True), rel=1e-4)] * 4
-    assert replicated == [pytest.approx(one_device(3, 2), rel=1e-4)] * 4
+    grouped = world(4).run(run_script, "train_groups")
+    assert replicated == grouped == [pytest.approx(one_device(3, 2), rel=1e-4)] * 4
 
 
 def test_the_pipeline_script_loses_what_one_device_loses(world):
