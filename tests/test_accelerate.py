@@ -50,7 +50,7 @@ def test_accelerates_own_launcher_starts_the_script():
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     told = subprocess.run(
-        [*command, "dsp_auto.examples.train_accelerate", *TINY], env=environment, capture_output=True, text=True, timeout=120
+        [*command, "dsp_auto.examples.train_accelerate", *TINY], env=environment, capture_output=True, text=True, timeout=300
     )
     assert told.returncode == 0, told.stderr
     expected = [f"step {step}: loss {loss:.4f}" for step, loss in enumerate(one_device(3, 1, clipped=True))]

@@ -47,7 +47,7 @@ def _alone(rank, ranks, lines, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["dsp", "megatron-lm", "ring"])
-@pytest.mark.parametrize("lines", LINES)
+@pytest.mark.parametrize("lines", ["strided", "backwards", "all, mixed"])
 def test_a_mesh_of_one_group_computes_what_one_device_does(world, lines, strategy):
     for output, gradient, part, kept in world(4).run(_alone, LINES[lines], strategy):
         assert max(output, part, kept) <= OUTPUT_TOLERANCE

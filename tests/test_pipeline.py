@@ -68,6 +68,26 @@ def test_stages_that_are_parallel_modules_have_the_losses_and_gradients_of_one_d
         assert len(sharded - {"R"}) == 2  # T and S
 
 
+def _split(rank, ranks):
+    """Deviation of the gradients of a model that torch has split into stages by itself."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "sp"))
+    at = mesh["pp"].get_local_rank()
+    (model, (video,), _), (reference, _, _) = transformer_2d(**SMALL), transformer_2d(**SMALL)
+    halves = pipelining.pipeline(model, (video[:1],), split_spec={"blocks.2": pipelining.SplitPoint.BEGINNING})
+    parallel = dsp_auto.parallelize(halves.get_stage_module(at), mesh["sp"])
+    stage = pipelining.PipelineStage(parallel, at, 2, torch.device("cpu"), group=mesh["pp"].get_group())
+    schedule = pipelining.ScheduleGPipe(stage, 4, loss_fn=F.mse_loss)
+    schedule.step(*[video] * stage.is_first, target=torch.zeros_like(video) if stage.is_last else None)
+    reference(video).square().mean().backward()
+    others = dict(reference.named_parameters())
+    assert any(stage.layout["sp"] != "R" for stage in parallel.plan.stages)
+    return max(deviation(own.grad, others[name].grad, 1e-3) for name, own in parallel.named_parameters())
+
+
+def test_stages_that_torch_has_split_off_have_the_gradients_of_one_device(world):
+    assert max(world(4).run(_split)) <= GRADIENT_TOLERANCE
+
+
 def _disagree(rank, ranks):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "sp"))
     model, (video,), _ = transformer_2d(**SMALL)
