@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .c10d import timeout_of, world_store
+from .c10d import timeout_of_mesh, world_store
 from .errors import AgreementError, CommunicationError, MeshError
 from .failures import failed
 
@@ -23,7 +23,7 @@ from .failures import failed
 _groups: dict[tuple[tuple[int, ...], timedelta], tuple[Any, Any]] = {}
 
 
-def _gloo_group(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+def gloo_group(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> dist.ProcessGroupGloo:
     """A gloo group of `ranks`, made by these ranks alone.
 
     Not `dist.new_group`: it either waits for all ranks of the world, or names the group after how many groups this process
@@ -79,7 +79,7 @@ class Agreement:
         """Begins to gather every rank's tensor; the result waits for them."""
         found = [torch.empty_like(own) for _ in range(self.size)]
         try:
-            work = self._group().allgather([found], [own])
+            work = gloo_group(self.ranks, self.rank, timeout_of_mesh(self._mesh)).allgather([found], [own])
         except RuntimeError as error:
             raise self._failed(error) from error
 
@@ -94,12 +94,6 @@ class Agreement:
 
     def _failed(self, error: RuntimeError) -> CommunicationError:
         return failed(self.ranks, "to agree on what all ranks run next", "", error)
-
-    def _group(self) -> dist.ProcessGroupGloo:
-        """As patient as the mesh's own groups: a rank may still be capturing a large model."""
-        device = torch.device(self._mesh.device_type)
-        timeout = max(timeout_of(group, device) for group in self._mesh.get_all_groups())
-        return _gloo_group(self.ranks, self.rank, timeout)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 
 
 def world_store() -> dist.Store:
@@ -25,3 +26,14 @@ def group_called(name: str) -> dist.ProcessGroup:
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     """How long a collective of a group may take on tensors of a device: set for the group, asked for by nothing public."""
     return group._get_backend(device).options._timeout
+
+
+def timeout_of_mesh(mesh: DeviceMesh) -> timedelta:
+    """How long a collective of a mesh's most patient group may take: what groups of more of its ranks get too."""
+    device = torch.device(mesh.device_type)
+    return max(timeout_of(group, device) for group in mesh.get_all_groups())
+
+
+def groups_known() -> int:
+    """How many groups this process knows, of which `dist.new_group` makes a part of a new group's name."""
+    return len(distributed_c10d._world.pg_names)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .agreement import gloo_group
+from .c10d import groups_known, timeout_of_mesh
 from .errors import MeshError
 from .mesh import Mesh
 
-# Of each set of ranks, the group and the world that it was made in.
-_made: dict[tuple[int, ...], tuple[Any, Any]] = {}
+# Of each set of ranks and timeout, the group and the world that it was made in.
+_made: dict[tuple[tuple[int, ...], timedelta], tuple[Any, Any]] = {}
 
 
 def group_names(device_mesh: DeviceMesh, mesh: Mesh) -> Callable[[tuple[int, ...]], str]:
@@ -22,28 +25,32 @@ def group_names(device_mesh: DeviceMesh, mesh: Mesh) -> Callable[[tuple[int, ...
     A group that the DeviceMesh does not have is made when it is first asked for: every rank must then ask for the same dims in
     the same order. Without a process group names are empty.
 
-    Raises MeshError where the ranks along those dims do not ascend: a process group counts its ranks in ascending order.
+    Raises MeshError where a group of the DeviceMesh counts its ranks in another order than the mesh.
     """
     if not dist.is_initialized():
         return lambda mesh_dims: ""
     ranks = device_mesh.mesh.reshape(mesh.sizes)
     own = mesh.coordinate(place_in(device_mesh))
-    users = device_mesh.mesh_dim_names or mesh.part_of
+
+    def line(mesh_dims: tuple[int, ...]) -> list[int]:
+        return ranks[tuple(slice(None) if m in mesh_dims else at for m, at in enumerate(own))].flatten().tolist()
+
+    groups = {}
+    for dim, user in enumerate(mesh.whole):
+        group, wanted = device_mesh.get_group(dim), line(mesh.dims_of(user))
+        counted = dist.get_process_group_ranks(group)
+        if counted != wanted:
+            raise MeshError(
+                asked=f"a process group over mesh dim {user}",
+                found=f"the mesh has its ranks as {', '.join(map(str, wanted))}, and the group counts them as "
+                f"{', '.join(map(str, counted))}",
+                remedy="make a mesh whose ranks ascend (init_device_mesh does), or one of groups that count as it does "
+                "(DeviceMesh.from_group, and dist.new_group with sort_ranks=False)",
+            )
+        groups[mesh.dims_of(user)] = group
 
     def name(mesh_dims: tuple[int, ...]) -> str:
-        others = tuple(m for m in range(len(mesh.sizes)) if m not in mesh_dims)
-        lines = ranks.permute(*others, *mesh_dims).reshape(-1, math.prod(mesh.sizes[m] for m in mesh_dims)).tolist()
-        wrong = next((line for line in lines if line != sorted(line)), None)
-        if wrong is not None:
-            raise MeshError(
-                asked=f"a process group over mesh dim {mesh.label(mesh_dims)}",
-                found=f"its ranks would be {', '.join(map(str, wrong))}, and a group counts them in ascending order",
-                remedy="make a mesh whose ranks ascend (init_device_mesh does)",
-            )
-        if len({mesh.part_of[m] for m in mesh_dims}) == 1 and mesh.dims_of(mesh.part_of[mesh_dims[0]]) == mesh_dims:
-            return device_mesh.get_group(users.index(mesh.part_of[mesh_dims[0]])).group_name
-        line = ranks[tuple(slice(None) if m in mesh_dims else at for m, at in enumerate(own))]
-        return _group(tuple(line.flatten().tolist())).group_name
+        return (groups.get(mesh_dims) or _group(tuple(line(mesh_dims)), timeout_of_mesh(device_mesh))).group_name
 
     return name
 
@@ -56,11 +63,26 @@ def place_in(device_mesh: DeviceMesh) -> int:
     return found
 
 
-def _group(ranks: tuple[int, ...]) -> Any:
-    world = dist.group.WORLD
-    if len(ranks) == dist.get_world_size():
+def _group(ranks: tuple[int, ...], timeout: timedelta) -> Any:
+    world, key = dist.group.WORLD, (ranks, timeout)
+    if ranks == tuple(range(dist.get_world_size())):
         return world
-    if ranks not in _made or _made[ranks][0] is not world:
+    if key not in _made or _made[key][0] is not world:
+        _even_out(ranks, timeout)
+        order = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
         # Named after its ranks, so that ranks outside of it need not take part.
-        _made[ranks] = (world, dist.new_group(list(ranks), use_local_synchronization=True))
-    return _made[ranks][1]
+        _made[key] = (world, dist.new_group(list(ranks), timeout, use_local_synchronization=True, **order))
+    return _made[key][1]
+
+
+def _even_out(ranks: tuple[int, ...], timeout: timedelta) -> None:
+    """Makes all of some ranks know equally many groups.
+
+    The name of a group is made from its ranks and from how many groups a process knows, and ranks that make different names
+    wait for each other for ever. So those that know fewer make some more, alone in them.
+    """
+    own = torch.tensor([groups_known()])
+    known = [torch.empty_like(own) for _ in ranks]
+    gloo_group(ranks, ranks.index(dist.get_rank()), timeout).allgather([known], [own]).wait()
+    for _ in range(int(max(known) - own)):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from os import PathLike
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +147,7 @@ def parallelize(
         raise MeshError(
             asked=f"parallelize over {mesh!r}",
             found=f"a {type(mesh).__name__}",
-            remedy="pass a DeviceMesh (init_device_mesh)",
+            remedy="pass a DeviceMesh (init_device_mesh, or DeviceMesh.from_group of a group and the kind of its devices)",
         )
     if plan is not None:
         options.check_none()
@@ -232,12 +233,15 @@ class ParallelModule(nn.Module):
         in_parts = bool(placements_in(model, mesh, managed))
         self.__dict__["_dsp"] = _State(model, mesh, options, max_signatures, Agreement(mesh), given, in_parts=in_parts)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(self: ParallelModule, *args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
         self.__dict__["_compiled"] = Programs()
-        forward.__signature__ = inspect.signature(model.forward)
-        self.__dict__["forward"] = forward
+        # A method, because what wraps a module's forward may take it for one.
+        taken = inspect.signature(model.forward)
+        bound = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = taken.replace(parameters=[bound, *taken.parameters.values()])
+        self.__dict__["forward"] = MethodType(forward, self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -460,7 +464,7 @@ class ParallelModule(nn.Module):
                 solution = agreement.from_first(lambda: decide(ready))
         else:
             solution = agreement.together(lambda: restore(ready, given))
-        groups = group_names(state.mesh, ready.problem(solution.space).graph.mesh)
+        groups = agreement.together(lambda: group_names(state.mesh, ready.problem(solution.space).graph.mesh))
         plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups))
         if given is not None:
             agreement.together(lambda: check_same(given, plan))

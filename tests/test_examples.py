@@ -82,12 +82,12 @@ def test_example_is_reachable_from_the_installed_package():
 TINY = [word for name, n in dict(UNEVEN, steps=3).items() if name != "dtype" for word in (f"--{name}", str(n))]
 
 
-def _run(rank, ranks, name, *argv):
+def run_script(rank, ranks, name, *argv):
     torch.compiler.reset()
     return importlib.import_module(f"examples.{name}").main([*TINY, *argv])
 
 
-def _one_device(steps, replicas, clipped=False):
+def one_device(steps, replicas, clipped=False):
     """The mean losses of training on all replicas' videos at once."""
     launch = importlib.import_module("examples.launch")
     _, sizes = launch.options(TINY)
@@ -106,19 +106,35 @@ def _one_device(steps, replicas, clipped=False):
 
 
 def test_data_parallel_scripts_lose_what_one_device_loses_on_all_videos(world):
-    sharded = world(4).run(_run, "train_fsdp", "--precision", "float32")
-    replicated = world(4).run(_run, "train_ddp")
-    assert sharded == [pytest.approx(_one_device(3, 2, clipped=True), rel=1e-4)] * 4
-    assert replicated == [pytest.approx(_one_device(3, 2), rel=1e-4)] * 4
+    sharded = world(4).run(run_script, "train_fsdp", "--precision", "float32")
+    replicated = world(4).run(run_script, "train_ddp")
+    assert sharded == [pytest.approx(one_device(3, 2, clipped=True), rel=1e-4)] * 4
+    grouped = world(4).run(run_script, "train_groups")
+    assert replicated == grouped == [pytest.approx(one_device(3, 2), rel=1e-4)] * 4
+
+
+def test_the_pipeline_script_loses_what_one_device_loses(world):
+    *first, third, fourth = world(4).run(run_script, "train_pipeline")
+    assert first == [[], []]
+    assert third == fourth == pytest.approx(one_device(3, 1), rel=1e-4)
 
 
 def test_the_compiled_script_loses_what_one_device_loses(world):
-    for losses in world(2).run(_run, "compile", "--backend", "aot_eager"):
-        assert losses == pytest.approx(_one_device(3, 1), rel=1e-4)
+    for losses in world(2).run(run_script, "compile", "--backend", "aot_eager"):
+        assert losses == pytest.approx(one_device(3, 1), rel=1e-4)
 
 
 def test_the_checkpoint_script_goes_on_with_other_ranks_and_another_strategy(world, tmp_path):
     folder = str(tmp_path / "checkpoint")
-    first = world(2).run(_run, "checkpoint", "--folder", folder)[0]
-    then = world(4).run(_run, "checkpoint", "--folder", folder, "--strategy", "megatron-lm")[0]
-    assert [*first, *then] == pytest.approx(_one_device(6, 1), rel=1e-4)
+    first = world(2).run(run_script, "checkpoint", "--folder", folder)[0]
+    then = world(4).run(run_script, "checkpoint", "--folder", folder, "--strategy", "megatron-lm")[0]
+    assert [*first, *then] == pytest.approx(one_device(6, 1), rel=1e-4)
+
+
+def test_the_latte_script_makes_the_latents_of_one_device(world):
+    latte = importlib.import_module("examples.latte")
+    _, sizes = importlib.import_module("examples.launch").options(TINY)
+    expected = [latte.generate(latte.pipeline("cpu", sizes), "cpu", sizes, 3, length) for length in (20, 12, 20)]
+    for made in world(2).run(run_script, "latte"):
+        torch.testing.assert_close([latents for latents, _ in made], expected, rtol=1e-5, atol=1e-5)
+        assert [plans for _, plans in made] == [1, 2, 2]

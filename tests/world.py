@@ -8,10 +8,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection, get_context
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -130,6 +132,14 @@ class World:
         notes = f" (ranks {sorted(failed)} failed)" if len(failed) > 1 else ""
         notes += f" (ranks {silent} did not answer)" if silent else ""
         return RankError(f"rank {rank} of {self.ranks}{notes}:\n{report}", rank, cause)
+
+
+@contextmanager
+def launched(rank: int, ranks: int) -> Iterator[None]:
+    """On a rank: what `torchrun` tells a process about itself is in its environment."""
+    told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+    with mock.patch.dict(os.environ, {name: str(n) for name, n in told.items()}):
+        yield
 
 
 def _serve(rank: int, ranks: int, store: str, timeout: float, pipe: connection.Connection) -> None:

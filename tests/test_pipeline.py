@@ -1,0 +1,107 @@
+"""Pipeline parallelism around sequence parallelism: the stages of `torch.distributed.pipelining` are parallel modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed import pipelining
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+import dsp_auto
+from examples.train_pipeline import Part
+from examples.transformer_2d import build as transformer_2d
+from tests.parity import GRADIENT_TOLERANCE, deviation
+
+SMALL = dict(layers=2, hidden=16, heads=2, frames=5, tokens=7, batch=4)
+# Of each schedule: how many stages a rank of the two holds, and whether stages are told what they take and give.
+SCHEDULES = {
+    "GPipe told": ("ScheduleGPipe", 1, True),
+    "GPipe": ("ScheduleGPipe", 1, False),
+    "1F1B told": ("Schedule1F1B", 1, True),
+    "1F1B": ("Schedule1F1B", 1, False),
+    "interleaved": ("ScheduleInterleaved1F1B", 2, False),
+    "zero bubble": ("ScheduleInterleavedZeroBubble", 2, False),
+}
+
+
+def _pipeline(rank, ranks, order, name, held, told, steps=2):
+    """Worst deviation of losses and gradients from one device, of steps whose gradients add up; the plans of each stage."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=order)
+    at, count = mesh["pp"].get_local_rank(), 2 * held
+    (model, (video,), _), (reference, _, _) = transformer_2d(**SMALL), transformer_2d(**SMALL)
+    target = torch.randn(video.shape, generator=torch.Generator().manual_seed(3))
+    inside = torch.empty(1, *video.shape[1:3], 16, requires_grad=True)
+    stages = []
+    for n in range(at, count, 2):
+        parallel = dsp_auto.parallelize(Part(model, n, count), mesh["sp"])
+        known = {}
+        if told:
+            known["input_args"] = video[:1] if n == 0 else inside
+            known["output_args"] = inside if n < count - 1 else torch.empty(video[:1].shape, requires_grad=True)
+        group = mesh["pp"].get_group()
+        stages.append(pipelining.PipelineStage(parallel, n, count, torch.device("cpu"), group=group, **known))
+    schedule = getattr(pipelining, name)(stages if held > 1 else stages[0], 4, loss_fn=F.mse_loss, scale_grads=False)
+    first, last = at == 0, at == 1
+    worst, losses = 0.0, []
+    for _ in range(steps):
+        made = schedule.step(*[video] * first, target=target if last else None, losses=losses)
+        expected = reference(video)
+        loss = F.mse_loss(expected, target)
+        (4 * loss).backward()  # the sum over the microbatches
+        if last:
+            worst = max(worst, deviation(made, expected), deviation(torch.stack(losses).mean(), loss))
+    used = {id(p) for stage in stages for p in stage.submod.parameters()}
+    for own, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert (own.grad is not None) == (id(own) in used)
+        if own.grad is not None:
+            worst = max(worst, deviation(own.grad, other.grad, 1e-3))
+    return worst, [len(stage.submod.plans) for stage in stages], {s.layout["sp"] for s in stages[0].submod.plan.stages}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_that_are_parallel_modules_have_the_losses_and_gradients_of_one_device(world, schedule):
+    order = ("sp", "pp") if schedule == "1F1B" else ("pp", "sp")
+    for worst, plans, sharded in world(4).run(_pipeline, order, *SCHEDULES[schedule]):
+        assert worst <= GRADIENT_TOLERANCE
+        assert set(plans) == {1}  # seeing what a stage takes and gives is a call like the others
+        assert len(sharded - {"R"}) == 2  # T and S
+
+
+def _split(rank, ranks):
+    """Deviation of the gradients of a model that torch has split into stages by itself."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "sp"))
+    at = mesh["pp"].get_local_rank()
+    (model, (video,), _), (reference, _, _) = transformer_2d(**SMALL), transformer_2d(**SMALL)
+    halves = pipelining.pipeline(model, (video[:1],), split_spec={"blocks.2": pipelining.SplitPoint.BEGINNING})
+    parallel = dsp_auto.parallelize(halves.get_stage_module(at), mesh["sp"])
+    stage = pipelining.PipelineStage(parallel, at, 2, torch.device("cpu"), group=mesh["pp"].get_group())
+    schedule = pipelining.ScheduleGPipe(stage, 4, loss_fn=F.mse_loss)
+    schedule.step(*[video] * stage.is_first, target=torch.zeros_like(video) if stage.is_last else None)
+    reference(video).square().mean().backward()
+    others = dict(reference.named_parameters())
+    assert any(stage.layout["sp"] != "R" for stage in parallel.plan.stages)
+    return max(deviation(own.grad, others[name].grad, 1e-3) for name, own in parallel.named_parameters())
+
+
+def test_stages_that_torch_has_split_off_have_the_gradients_of_one_device(world):
+    assert max(world(4).run(_split)) <= GRADIENT_TOLERANCE
+
+
+def _disagree(rank, ranks):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "sp"))
+    model, (video,), _ = transformer_2d(**SMALL)
+    parallel = dsp_auto.parallelize(model, mesh["sp"])
+    mixed = mesh["pp"].get_local_rank() == 0
+    for _ in range(3 if mixed else 1):
+        try:
+            parallel(video[: 1 + rank] if mixed else video)
+        except dsp_auto.AgreementError as error:
+            return str(error)
+    return deviation(parallel(video), model(video))
+
+
+def test_only_the_ranks_of_a_stage_meet_to_agree(world):
+    *told, third, fourth = world(4).run(_disagree)
+    assert all("different arguments" in text and "rank 0: (float32[1, 5, 7, 4])" in text for text in told)
+    assert third == fourth <= GRADIENT_TOLERANCE
