@@ -41,7 +41,7 @@ def summarize(
     recomputed = solution.recomputed | problem.forced
     graph, choice = problem.graph, solution.choice
     factors, mesh = graph.factors, graph.mesh
-    groups = _groups(problem, choice)
+    groups = group_stages(problem, choice)
     group_of = {stage.index: number for number, group in enumerate(groups) for stage in group}
     reshardings = problem.reshardings(choice)
     entering: dict[int, list[Resharding]] = {}
@@ -181,9 +181,9 @@ def _parameters(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
     return found
 
 
-def _groups(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
-    """Stages connected by uses that reshard nothing, on the same factors, with equally many reshardings before them: so a
-    group never waits for what another makes of its own results."""
+def group_stages(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
+    """The stages of each stage of the plan: those connected by uses that reshard nothing, on the same factors, with equally many reshardings
+    before them: so a group never waits for what another makes of its own results."""
     graph = problem.graph
     links = networkx.Graph()
     links.add_nodes_from(stage.index for stage in graph.stages if stage.kind in (OP, OUTPUT))
