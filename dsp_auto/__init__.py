@@ -21,6 +21,7 @@ from .parallelize import ParallelModule, parallelize
 from .passes.register import register_rule
 from .plan import Plan
 from .planner import plan
+from .report import Report, report
 from .verification import Verification, verify
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "ProofError",
+    "Report",
     "RuleError",
     "StrategyError",
     "TrainingState",
@@ -47,5 +49,6 @@ __all__ = [
     "parallelize",
     "plan",
     "register_rule",
+    "report",
     "verify",
 ]

@@ -371,24 +371,24 @@ def find_alternatives(
     prepared: Prepared, solution: Solution, made: Plan, of: Constraint, seconds: float = math.inf
 ) -> Alternatives:
     """What each other layout of the ops that `of` speaks of would cost in all: for each mesh dim each factor that one of them
-    may shard, and whole. Plans anew for each, until `seconds` are up; those that are left have that as their reason. Raises
-    LayoutError where there is no such op."""
+    may shard, and whole. Plans anew for each in its share of `seconds`; those that are left then have that as their reason.
+    Raises LayoutError where there is no such op."""
     ends = time.perf_counter() + seconds
     factors = prepared.factors
     check_constraints((of,), factors, prepared.mesh)
     problem = prepared.problem(solution.space)
     mesh, stages = problem.graph.mesh, problem.graph.stages
     chosen = [(stage.op, stage.strategies[solution.choice[stage.index]]) for stage in stages if stage.op is not None]
+    ways = [(mesh_dim, name) for mesh_dim, names in ways_of(of, factors, prepared.spaces).items() for name in names]
     entries = []
-    for mesh_dim, names in ways_of(of, factors, prepared.spaces).items():
-        for name in names:
-            one = replace(of, mesh_dim=mesh_dim, factor=name)
-            try:
-                is_plan = all(constrain(op, (own,), (one,), factors, mesh) for op, own in chosen)
-            except ConstraintError:
-                is_plan = False
-            found = (made, "") if is_plan else _planned_with(prepared, one, ends - time.perf_counter())
-            entries.append(Alternative(mesh_dim, name, is_plan, *found))
+    for number, (mesh_dim, name) in enumerate(ways):
+        one = replace(of, mesh_dim=mesh_dim, factor=name)
+        try:
+            is_plan = all(constrain(op, (own,), (one,), factors, mesh) for op, own in chosen)
+        except ConstraintError:
+            is_plan = False
+        share = (ends - time.perf_counter()) / (len(ways) - number)
+        entries.append(Alternative(mesh_dim, name, is_plan, *((made, "") if is_plan else _planned_with(prepared, one, share))))
     return Alternatives(of.modules, made, tuple(entries))
 
 
@@ -406,7 +406,10 @@ def _planned_with(prepared: Prepared, one: Constraint, seconds: float) -> tuple[
     try:
         again = _constrained(changed)
         return finish(again, decide(again))[0], ""
-    except (ConstraintError, InfeasibleError, OutOfTimeError) as error:
+    except ConstraintError as error:
+        # To constrain these ops was not the user's wish.
+        return None, str(error) if one.ops is None else f"{error.where or error.asked}: {error.found}"
+    except (InfeasibleError, OutOfTimeError) as error:
         return None, str(error)
 
 

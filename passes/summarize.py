@@ -182,8 +182,8 @@ def _parameters(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
 
 
 def group_stages(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
-    """The stages of each stage of the plan: those connected by uses that reshard nothing, on the same factors, with equally many reshardings
-    before them: so a group never waits for what another makes of its own results."""
+    """What each stage of the plan is made of: stages connected by uses that reshard nothing, on the same factors, with equally
+    many reshardings before them: so a group never waits for what another makes of its own results."""
     graph = problem.graph
     links = networkx.Graph()
     links.add_nodes_from(stage.index for stage in graph.stages if stage.kind in (OP, OUTPUT))
