@@ -335,7 +335,12 @@ def _next_layout(others: Sequence[tuple[dict[str, Any], Alternative]], own: Mapp
     if not sharding:
         return None
     best = min(sharding, key=lambda row: (row["more"]["objective"], row["more"]["peak"]))
-    return {**best, "percent": best["more"]["wire"] / own["wire"] if own["wire"] else None}
+    called = "next best"
+    if best["factor"] == WHOLE:
+        called = "no other dim; instead"
+    elif best["more"]["objective"] < -EQUAL * own["objective"]:  # a forced layout moves the bound on activations
+        called = "cheaper, and not within the plan's bounds"
+    return {**best, "called": called, "percent": best["more"]["wire"] / own["wire"] if own["wire"] else None}
 
 
 def _notes(plan: Plan) -> Iterator[str]:

@@ -3,7 +3,9 @@ say, an honest account of what was not worked out; and in a browser, readable on
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -25,6 +27,7 @@ from examples.transformer_2d import build as transformer_2d
 NAMES = {"video": "B T S C"}
 SIZES = {"layers": 2, "hidden": 16, "heads": 4, "frames": 8, "tokens": 16}
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SOME = ["dsp", "ulysses", "megatron-sp"]
 EVIL = "<script>evil = 1</script>"
 
 
@@ -32,7 +35,7 @@ def reported(mesh="4", training=True, sizes=None, **options):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, args, kwargs = transformer_2d(**{**SIZES, **(sizes or {})})
     with torch.set_grad_enabled(training):
-        return make_report(model, mesh, args, kwargs, **{"dim_names": NAMES, "strategies": ["dsp"], **options})
+        return make_report(model, mesh, args, kwargs, **{"dim_names": NAMES, "strategies": ["dsp"], "seconds": 3600, **options})
 
 
 class Evil(nn.Module):
@@ -55,33 +58,44 @@ def evil():
     return make_report(model, "2", (torch.ones(1, 4, 6, 6),), dim_names=names, strategy="dsp", strategies=["dsp"])
 
 
-@pytest.fixture(scope="module")
-def free():
-    return reported(strategies=None)
-
-
-@pytest.fixture(scope="module")
-def reports(free):
-    """One of each kind that a page has to show."""
+def tight():
+    """Of a plan that has to recompute some blocks."""
     large = {"frames": 32, "tokens": 64}
     needed = reported(sizes=large, capacity=10**9, seconds=0).plan.memory["peak_bytes"]
-    tight = reported(sizes=large, capacity=needed * 3 // 4)
-    assert tight.plan.recomputed
-    # Hundreds of stages, more than a phone has pixels.
-    stages = [replace(free.plan.stages[1 + n % 2], index=n) for n in range(500)]
-    return {
-        "free": free,
-        "tight": tight,
-        "two mesh dims": reported("2x2", objective="time", sizes={"layers": 1}),
-        "parts": reported(strategy="megatron-sp"),
-        "one device": reported("1", training=False),
-        "plan alone": Report.of_plan(Plan.from_json(free.plan.to_json())),
-        "many stages": Report.of_plan(replace(free.plan, stages=tuple(stages))),
-        "evil": evil(),
-    }
+    found = reported(sizes=large, capacity=needed * 3 // 4, seconds=0)
+    assert found.plan.recomputed
+    return found
 
 
-KINDS = ("free", "tight", "two mesh dims", "parts", "one device", "plan alone", "many stages", "evil")
+def many():
+    """Of a plan with more stages than a phone has pixels."""
+    plan = reported(seconds=0).plan
+    stages = [replace(plan.stages[1 + n % 2], index=n) for n in range(500)]
+    return Report.of_plan(replace(plan, stages=tuple(stages)))
+
+
+# All that a page has to show.
+KINDS = {
+    "free": lambda: reported(strategies=SOME),
+    "tight": tight,
+    "two mesh dims": lambda: reported("2x2", objective="time", capacity="1GB", sizes={"layers": 1}),
+    "parts": lambda: reported(strategy="megatron-sp", seconds=0),
+    "one device": lambda: reported("1", training=False),
+    "plan alone": lambda: Report.of_plan(Plan.from_json(reported(seconds=0).plan.to_json())),
+    "many stages": many,
+    "evil": evil,
+}
+
+
+@pytest.fixture(scope="module")
+def report_of():
+    """`report_of(kind)`: each is made once, when a test asks for it."""
+    return functools.cache(lambda kind: KINDS[kind]())
+
+
+@pytest.fixture
+def free(report_of):
+    return report_of("free")
 
 
 def parsed(text):
@@ -97,19 +111,16 @@ def text_of(element):
     return " ".join("".join(element.itertext()).split())
 
 
-def by_id(tree, name):
-    return next(element for element in tree.iter() if element.get("id") == name)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_number_of_the_plan_is_on_the_page(reports, kind):
-    plan, tree = reports[kind].plan, parsed(reports[kind].to_html())
+def test_every_number_of_the_plan_is_on_the_page(report_of, kind):
+    plan, tree = report_of(kind).plan, parsed(report_of(kind).to_html())
+    named = {element.get("id"): element for element in tree.iter()}
     for stage in plan.stages:
-        rows = by_id(tree, f"stage-{stage.index}")
+        rows = named[f"stage-{stage.index}"]
         sent = [amount for entry in stage.enter for amount in (entry.forward_bytes, entry.backward_bytes)]
         assert values(rows) == pytest.approx(sent) and stage.name in text_of(rows)
         assert all(entry.tensor in text_of(rows) for entry in stage.enter)
-    everywhere = values(tree)
+    everywhere, text = set(values(tree)), text_of(tree)
     totals, memory = plan.communication, plan.memory
     known = [totals[name] for name in ("forward_bytes", "backward_bytes", "paper_forward_volume")]
     known += [own[name] for own in totals["by_primitive"].values() for name in ("forward_bytes", "backward_bytes")]
@@ -117,13 +128,13 @@ def test_every_number_of_the_plan_is_on_the_page(reports, kind):
     known += [memory["capacity_bytes"]] if memory["capacity_bytes"] is not None else []
     for number in filter(None, known):
         assert number in everywhere
-    assert values(by_id(tree, "verdict"))[0] == figures(plan)["wire"] or not figures(plan)["wire"]
-    assert plan.digest[:12] in text_of(tree) and all(f"{name}={size}" in text_of(tree) for name, size in plan.mesh.items())
+    assert values(named["verdict"])[0] == figures(plan)["wire"] or not figures(plan)["wire"]
+    assert plan.digest[:12] in text and all(f"{name}={size}" in text for name, size in plan.mesh.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_page_needs_and_loads_nothing_from_outside(reports, kind):
-    text = reports[kind].to_html()
+def test_the_page_needs_and_loads_nothing_from_outside(report_of, kind):
+    text = report_of(kind).to_html()
     for element in parsed(text).iter():
         for name in ("src", "href", "srcset", "action", "data", "poster", "style"):
             value = element.get(name, "")
@@ -132,17 +143,17 @@ def test_the_page_needs_and_loads_nothing_from_outside(reports, kind):
     assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
 
 
-def test_what_a_model_is_called_is_text_and_no_part_of_the_page(reports):
-    text = reports["evil"].to_html()
+def test_what_a_model_is_called_is_text_and_no_part_of_the_page(report_of):
+    text = report_of("evil").to_html()
     tree = parsed(text)
     assert len(list(tree.iter("script"))) == 1 and not list(tree.iter("img"))
     assert EVIL not in text and EVIL in text_of(tree) and "<b>T</b>" in text_of(tree)
     assert "Evil<img src=x onerror=alert(1)>" in text_of(tree)
 
 
-def test_two_pages_of_one_model_are_equal(reports, free):
-    assert reported(strategies=None).to_html() == free.to_html()
-    assert reports["plan alone"].to_html() == Report.of_plan(free.plan).to_html()
+def test_two_pages_of_one_model_are_equal(report_of, free):
+    assert reported(strategies=SOME).to_html() == free.to_html()
+    assert report_of("plan alone").to_html() == Report.of_plan(free.plan).to_html()
 
 
 def test_strategies_and_the_prediction_are_those_of_compare(free):
@@ -185,11 +196,12 @@ def test_stages_that_are_alike_have_the_answer_that_each_would_have(monkeypatch)
     folded = reported(sizes=sizes)
     assert len(folded.alike) < len(folded.plan.stages)
     module = importlib.import_module("dsp_auto.report")  # the name dsp_auto.report is the function
-    monkeypatch.setattr(module, "_alike", lambda stages, seen: [(stage.index,) for stage in stages])
+    several = [own for own in folded.alike if len(own.stages) > 1]
+    monkeypatch.setattr(module, "_alike", lambda *_: [(index,) for own in several for index in own.stages[1:]])
     apart = {own.stages[0]: own for own in reported(sizes=sizes).alike}
-    assert len(apart) == len(folded.plan.stages)
-    for own in folded.alike:
-        for index in own.stages if own.alternatives else ():
+    assert len(apart) > 1
+    for own in several:
+        for index in own.stages[1:]:
             one, each = ({e.factor: figures(e.plan)["wire"] for e in x.alternatives.entries} for x in (own, apart[index]))
             assert one == pytest.approx(each)
 
@@ -280,13 +292,20 @@ def test_a_file_that_is_no_page_is_not_replaced_and_nothing_is_planned_first(cap
         (("report", "--plan", "none.json"), "none.json"),
         ((*ARGV, "--strategies", "magic"), "magic"),
         ((*ARGV, "--seconds", "nan"), "seconds nan"),
-        ((*ARGV, "--capacity", "1KB"), "no plan fits"),
     ],
 )
 def test_bad_input_is_told_and_writes_nothing(capsys, tmp_path, in_the_repository, argv, says):
     page = tmp_path / "plan.html"
     code, out, err = run(capsys, *argv, "--out", str(page))
-    assert (code, out) == (2, "") and says in err.splitlines()[0] and not page.exists()
+    assert (code, out) == (2, "") and says in err and len(err.splitlines()) == 1 and not page.exists()
+
+
+def test_where_no_plan_fits_what_would_stands_below_the_error(capsys, tmp_path, in_the_repository, monkeypatch):
+    monkeypatch.setattr(cli, "what_would_fit", lambda *args: ["on 4 ranks"])
+    page = tmp_path / "plan.html"
+    code, out, err = run(capsys, *ARGV, "--capacity", "1KB", "--out", str(page))
+    assert (code, out) == (2, "") and not page.exists()
+    assert "no plan fits" in err.splitlines()[0] and err.splitlines()[1:] == ["    on 4 ranks"]
 
 
 @pytest.fixture(scope="module")
@@ -303,22 +322,25 @@ def browser():
         found.close()
 
 
-@pytest.fixture(scope="module")
-def pages(reports, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pages")
-    for kind, own in reports.items():
-        own.save(folder / f"{kind.replace(' ', '-')}.html")
-    return folder
+@pytest.fixture
+def page_of(report_of, tmp_path):
+    """`page_of(kind)`: where the page lies."""
+
+    def of(kind):
+        report_of(kind).save(tmp_path / "plan.html")
+        return (tmp_path / "plan.html").as_uri()
+
+    return of
 
 
-def opened(browser, pages, kind, **options):
+def opened(browser, uri, **options):
     """A page, and what it said and asked for while it was loaded."""
     page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    page.goto((pages / f"{kind.replace(' ', '-')}.html").as_uri())
+    page.goto(uri)
     return page, said, asked
 
 
@@ -349,21 +371,21 @@ LOOK = """() => {
 }"""
 
 
-@pytest.mark.parametrize("scheme", ("light", "dark"))
-@pytest.mark.parametrize("width", (1280, 390))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_page_is_readable_at_this_width_in_this_scheme_and_is_alone(browser, pages, kind, width, scheme):
-    page, said, asked = opened(browser, pages, kind, viewport={"width": width, "height": 844}, color_scheme=scheme)
-    page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
-    assert page.evaluate("document.scrollingElement.scrollWidth") <= width
-    assert page.evaluate(LOOK) == {"clipped": [], "pale": []}
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor === 'rgb(255, 255, 255)'") == (scheme == "light")
-    assert said == [] and len(asked) == 1 and page.evaluate("window.evil") is None
-    page.close()
+def test_a_page_is_readable_on_a_screen_and_on_a_phone_light_and_dark_and_asks_for_nothing(browser, page_of, kind):
+    uri = page_of(kind)
+    for width, scheme in itertools.product((1280, 390), ("light", "dark")):
+        page, said, asked = opened(browser, uri, viewport={"width": width, "height": 844}, color_scheme=scheme)
+        page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= width, (width, scheme)
+        assert page.evaluate(LOOK) == {"clipped": [], "pale": []}, (width, scheme)
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor === 'rgb(255, 255, 255)'") == (scheme == "light")
+        assert said == [] and asked == [uri] and page.evaluate("window.evil") is None
+        page.close()
 
 
-def test_a_tap_on_a_stage_shows_what_enters_it_and_so_do_the_keys(browser, pages, free):
-    page, said, _ = opened(browser, pages, "free", viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+def test_a_tap_on_a_stage_shows_what_enters_it_and_so_do_the_keys(browser, page_of, free):
+    page, said, _ = opened(browser, page_of("free"), viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     box = page.locator("#strip").bounding_box()
     count = len(free.plan.stages)
     page.locator("#strip").tap(position={"x": box["width"] * 2.5 / count, "y": box["height"] / 2})
@@ -376,8 +398,8 @@ def test_a_tap_on_a_stage_shows_what_enters_it_and_so_do_the_keys(browser, pages
     page.close()
 
 
-def test_without_scripts_and_on_paper_everything_that_matters_is_there(browser, pages, free):
-    page, _, _ = opened(browser, pages, "free", java_script_enabled=False)
+def test_without_scripts_and_on_paper_everything_that_matters_is_there(browser, page_of):
+    page, _, _ = opened(browser, page_of("free"), java_script_enabled=False)
     shown = page.locator("body").inner_text()
     assert "The solver proved" in shown and "next best" in shown and "switch T → S" in shown and "megatron-sp" in shown
     assert not page.locator("#chooser").is_visible() and not page.locator("#detail").is_visible()
