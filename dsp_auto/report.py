@@ -36,7 +36,7 @@ from .planner import Options, Prepared, decide, find_alternatives, finish, prepa
 from .progress import log_plan, step
 from .report_page import MARK, draw_page, split_layout
 
-# What strategies and other layouts may take together. Strategies get the first half of it.
+# What other layouts and strategies may take together. Layouts get the first half of it, and strategies what is left.
 SECONDS = 60.0
 # Bytes at the start of a file in which a page of ours names itself.
 HEAD = 1024
@@ -136,23 +136,25 @@ def report_program(
 ) -> Report:
     """The same of a captured model. chosen: of a plan that was made before, its hardware alone."""
     names = _checked(strategies, seconds)
-    hardware = chosen.hardware
+    hardware, solution = chosen.hardware, None
     if made is None:
         prepared = prepare(program, mesh, chosen)
-        with step(f"solving for {mesh}"):
-            solution = decide(prepared)
     else:
         prepared, solution = prepare_given(program, mesh, made)
         chosen = replace(prepared.options, shard_parameters=None)
     hardware = hardware or chosen.hardware or as_hardware("h100")
     hardware.on(mesh.whole)  # which refuses a mesh that it was not measured on
+    if solution is None:
+        with step(f"solving for {mesh}"):
+            solution = decide(prepared)
     plan, graph = finish(prepared, solution)
     if made is None:
         log_plan(plan)
     else:
         check_same(made, plan)
-    started = time.perf_counter()
     own = candidate_of(prepared, solution, plan, graph, hardware)
+    started = time.perf_counter()
+    alike = _worked_out(prepared, solution, plan, started + seconds / 2)
     candidates = tuple(
         _candidate(
             program,
@@ -161,7 +163,7 @@ def report_program(
             replace(chosen, strategy=name, hardware=hardware),
             prepared,
             own,
-            (started + seconds / 2 - time.perf_counter()) / (len(names) - number),
+            (started + seconds - time.perf_counter()) / (len(names) - number),
         )
         for number, name in enumerate(names)
     )
@@ -170,7 +172,7 @@ def report_program(
         model,
         own,
         Comparison(mesh.whole, hardware.name, program.training, count_blocks(program), None, candidates),
-        _worked_out(prepared, solution, plan, started + seconds),
+        alike,
         seconds,
     )
 
@@ -214,7 +216,8 @@ def _candidate(
     program: Program, mesh: Mesh, name: str, options: Options, prepared: Prepared, own: Candidate, seconds: float
 ) -> Candidate:
     """The strategy `name`, solved in so many seconds; the report's own plan, where it was made with the same options."""
-    if replace(options, hardware=None) == replace(prepared.options, hardware=None):
+    planned_for = options.hardware if options.objective == "time" else prepared.options.hardware
+    if replace(options, hardware=planned_for) == prepared.options:
         return own
     try:
         if seconds > 0:
