@@ -182,7 +182,19 @@ def test_each_stage_has_what_its_other_layouts_cost_in_all(free):
     asked = {entry.factor: entry for entry in planned().explain("blocks.1").entries}
     for entry in first.alternatives.entries:
         assert figures(entry.plan)["wire"] == pytest.approx(figures(asked[entry.factor].plan)["wire"])
-    assert "next best" in text
+    assert "next best" in text and "at most 5% above its best" not in text
+
+
+def test_what_was_not_solved_to_the_end_says_at_most(free):
+    first = free.alike[0]
+    rough = [
+        replace(entry, plan=replace(entry.plan, solver={**entry.plan.solver, "gap": 0.05}))
+        for entry in first.alternatives.entries
+        if entry.plan is not None and not entry.is_plan
+    ]
+    alternatives = replace(first.alternatives, entries=tuple(rough))
+    text = replace(free, alike=(replace(first, alternatives=alternatives), *free.alike[1:])).to_html()
+    assert re.search("next best: S, at most .* more sent", text) and "at most 5% above its best" in text
 
 
 def planned():
