@@ -22,6 +22,7 @@ from .parallelize import ParallelModule, parallelize
 from .passes.register import register_rule
 from .plan import Plan
 from .planner import plan
+from .report import Report, report
 from .verification import Verification, verify
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "ProofError",
+    "Report",
     "RuleError",
     "StrategyError",
     "TrainingState",
@@ -49,5 +51,6 @@ __all__ = [
     "parallelize",
     "plan",
     "register_rule",
+    "report",
     "verify",
 ]

@@ -39,7 +39,7 @@ class Alternatives:
     def __str__(self) -> str:
         timed = self.made.objective == "time"
         heads = ["mesh dim", "shards", "wire bytes", "more", *(["seconds", "more"] if timed else []), "peak memory", "more", ""]
-        own, rows, refused = _figures(self.made), [], []
+        own, rows, refused = figures(self.made), [], []
         for one in self.entries:
             row: list[str] = [one.mesh_dim, "nothing" if one.factor is None else one.factor]
             if one.plan is None:
@@ -47,7 +47,7 @@ class Alternatives:
                 rows.append([*row, *[""] * (len(heads) - 3), "cannot"])
                 continue
             for what, show in (("wire", show_bytes), *([("objective", show_seconds)] if timed else []), ("peak", show_bytes)):
-                amount = _figures(one.plan)[what]
+                amount = figures(one.plan)[what]
                 more = amount - own[what]
                 row += [show(amount), ("+" if more > 0 else "-" if more < 0 else "") + show(abs(more))]
             rows.append([*row, "as planned" if one.is_plan else ""])
@@ -57,7 +57,8 @@ class Alternatives:
         return "\n\n".join([head, table] + ["\n".join(refused)] * bool(refused))
 
 
-def _figures(plan: Plan) -> Mapping[str, Any]:
+def figures(plan: Plan) -> Mapping[str, Any]:
+    """What plans are told apart by: wire bytes, objective and peak memory of a device."""
     sent = plan.communication
     return {
         "wire": sent["forward_bytes"] + sent["backward_bytes"],

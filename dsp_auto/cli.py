@@ -1,5 +1,5 @@
-"""`dsp-auto`: explain a plan, verify it on this computer, tell two apart, compare strategies, find how few GPUs a model fits
-on, run a demo, tell the rule of an op, or measure a mesh."""
+"""`dsp-auto`: explain a plan, make a page of it, verify it on this computer, tell two apart, compare strategies, find how few
+GPUs a model fits on, run a demo, tell the rule of an op, or measure a mesh."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from .cost_models.state import OPTIMIZERS, TrainingState
 from .errors import DspError, InfeasibleError
 from .factory import build, reason
 from .fit import fit as fit_strategies
-from .mesh import as_mesh
-from .passes.capture import capture
+from .mesh import Mesh, as_mesh
+from .passes.capture import Program, capture
 from .passes.presets import PRESETS
 from .plain_data import shorten
 from .plan import Plan
 from .planner import Options, plan_given, plan_prepared, prepare
 from .progress import step
+from .report import SECONDS, Report, check_writable, report_program
 from .show_memory import show_memory
 from .suggest import what_would_fit
 from .verification import verify as verify_plan
@@ -66,10 +67,7 @@ def explain(options: argparse.Namespace) -> int:
                 found = plan_prepared(prepare(program, mesh, chosen))
             asked = [str(found.explain(modules)) for modules in options.why]
         except InfeasibleError as error:
-            _print_error(error)
-            for line in what_would_fit(program, mesh, chosen):
-                print(f"    {line}", file=sys.stderr)
-            return 2
+            return _tell_what_would_fit(error, program, mesh, chosen)
         if options.out is not None:
             found.save(options.out)
     if options.json:
@@ -78,6 +76,41 @@ def explain(options: argparse.Namespace) -> int:
         shown = [str(found), *([show_memory(found)] if options.memory else []), *asked]
         print("\n\n".join(shown))
     return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    check_writable(options.out)  # before planning, which takes longer
+    with contextlib.redirect_stdout(sys.stderr):
+        made = None if options.plan is None else Plan.load(options.plan)
+        if options.target is None:
+            found = _of_plan_alone(options, made)
+        else:
+            if options.mesh is None:
+                raise DspError(asked="a report of a model", found="no --mesh", remedy='give one: --mesh "8"')
+            with _call(options) as (args, given):
+                model, mesh, *call = args
+                chosen, mesh = Options.of(strategy=options.strategy, **given), as_mesh(mesh)
+                if made is not None:
+                    replace(chosen, dim_names=None, hardware=None).check_none()
+                with step(f"capture of {type(model).__name__}"):
+                    program = capture(model, *call)
+                try:
+                    found = report_program(
+                        program, mesh, chosen, made, options.strategies, options.seconds, type(model).__name__
+                    )
+                except InfeasibleError as error:
+                    return _tell_what_would_fit(error, program, mesh, chosen)
+        found.save(options.out)
+    print(f"{options.out}: {found}")
+    return 0
+
+
+def _of_plan_alone(options: argparse.Namespace, made: Plan | None) -> Report:
+    if made is None:
+        raise DspError(asked="a report", found="neither TARGET nor --plan", remedy="name a model, a plan's file, or both")
+    chosen = Options.of(strategy=options.strategy, **_planning(options, None))
+    chosen.check_none()
+    return Report.of_plan(made)
 
 
 def diff(options: argparse.Namespace) -> int:
@@ -155,8 +188,8 @@ def _call(options: argparse.Namespace, real: bool = False) -> Iterator[tuple[tup
         yield (model, options.mesh, args, kwargs), given
 
 
-def _planning(options: argparse.Namespace, factory: Callable[..., Any]) -> dict[str, Any]:
-    """The options of planning by name."""
+def _planning(options: argparse.Namespace, factory: Callable[..., Any] | None) -> dict[str, Any]:
+    """The options of planning by name. factory: may name the dims of inputs."""
     state = {"zero": options.zero, "data_parallel": options.data_parallel} if "data_parallel" in options else {}
     return {
         "objective": options.objective,
@@ -268,6 +301,13 @@ def _constraints(given: Sequence[str]) -> dict[str, dict[str, str | None]]:
     return found
 
 
+def _tell_what_would_fit(error: InfeasibleError, program: Program, mesh: Mesh, chosen: Options) -> int:
+    _print_error(error)
+    for line in what_would_fit(program, mesh, chosen):
+        print(f"    {line}", file=sys.stderr)
+    return 2
+
+
 def _print_error(error: DspError) -> None:
     print(f"dsp-auto: {shorten(' '.join(str(error).split()), LONGEST)}", file=sys.stderr)
 
@@ -300,6 +340,27 @@ def _parser() -> argparse.ArgumentParser:
     entry.add_argument("--memory", action="store_true", help="what a device holds too, in total and block by block")
     _add_strategy(entry)
     entry.add_argument("--hardware", metavar="PROFILE", help=f'{_HARDWARE} for the objective "time"; h100 without it')
+
+    entry = commands.add_parser("report", help="write a plan as one page for a browser", description=_REPORT)
+    entry.set_defaults(run=report)
+    _add_mesh(entry, required=False)
+    _add_planning(entry, target_required=False)
+    _add_strategy(entry)
+    entry.add_argument(
+        "--out", metavar="FILE", default="plan.html", help="the page (plan.html); it may replace a page, and no other file"
+    )
+    entry.add_argument(
+        "--plan", metavar="FILE", help="a plan that `explain --out` wrote, in place of planning; it needs no TARGET"
+    )
+    entry.add_argument("--hardware", metavar="PROFILE", help=f'{_PREDICTED}; plans are made for it with the objective "time"')
+    entry.add_argument("--strategies", nargs="+", choices=PRESETS, help="compare with these alone; with all without it")
+    entry.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        metavar="N",
+        help=f"how long other strategies and layouts may be tried ({SECONDS:g}); what is left then is told as such",
+    )
 
     entry = commands.add_parser("diff", help="print what two plans do differently", description=_DIFF)
     entry.set_defaults(run=diff)
@@ -371,6 +432,10 @@ def _parser() -> argparse.ArgumentParser:
 _EXPLAIN = """Plan TARGET's model on fake tensors: no weights, no GPU, no processes, whatever the size of the mesh.
 TARGET names a function that returns (model, args, kwargs)."""
 
+_REPORT = """Plan TARGET's model as `explain` does, and write one page that needs no network: what is sent, memory over the
+program, the other strategies, and what other layouts of each stage would cost. With --plan and no TARGET, what the plan alone
+can tell."""
+
 _DIFF = """Print the options, stages, collectives, blocks recomputed and totals that differ between two plans."""
 
 _VERIFY = """Plan TARGET's model, run all ranks in this process on real numbers, forward and backward, and compare every stage,
@@ -390,15 +455,16 @@ _RULES = """Print the rule of OP and where it comes from: written in dsp_auto, r
 on the sizes of the example and others."""
 
 
-def _add_mesh(parser: argparse.ArgumentParser) -> None:
-    """What `explain` and `compare` share, and `fit` looks for."""
-    parser.add_argument("--mesh", required=True, help='ranks, "8" or "2x4"')
+def _add_mesh(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """What `explain`, `report` and `compare` share, and `fit` looks for."""
+    parser.add_argument("--mesh", required=required, help='ranks, "8" or "2x4"')
     parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="replicas that ZeRO shares out over (1)")
 
 
-def _add_planning(parser: argparse.ArgumentParser, capacity_required: bool = False) -> None:
-    """What `explain`, `compare` and `fit` share."""
-    parser.add_argument("target", metavar="TARGET", help="package.module:factory or path/to/file.py:factory")
+def _add_planning(parser: argparse.ArgumentParser, capacity_required: bool = False, target_required: bool = True) -> None:
+    """What `explain`, `report`, `compare` and `fit` share."""
+    many = None if target_required else "?"
+    parser.add_argument("target", nargs=many, metavar="TARGET", help="package.module:factory or path/to/file.py:factory")
     _add_arguments(parser, "of the factory")
     parser.add_argument("--objective", default="volume", help='"volume" (wire bytes, the default) or "time"')
     parser.add_argument(

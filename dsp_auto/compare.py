@@ -24,8 +24,9 @@ from .mesh import Mesh, as_mesh
 from .passes.capture import Program, capture
 from .passes.nodes import is_getitem, module_path
 from .passes.presets import PRESETS
+from .passes.solve import Solution
 from .plan import Plan
-from .planner import Options, decide, finish, prepare
+from .planner import Options, Prepared, decide, finish, prepare
 from .predict import Issued, Prediction, Trace, trace, trace_rank
 from .progress import step
 from .units import show_bytes, show_seconds
@@ -221,7 +222,7 @@ def compare(
         training=program.training,
         blocks=count_blocks(program),
         layers=layers,
-        candidates=tuple(_candidate(program, abstract, name, chosen[name]) for name in PRESETS if name in chosen),
+        candidates=tuple(find_candidate(program, abstract, name, chosen[name]) for name in PRESETS if name in chosen),
     )
 
 
@@ -242,23 +243,29 @@ def count_blocks(program: Program) -> int:
     return sum(size >= WORTH_COUNTING * max(sizes.values()) for size in sizes.values())
 
 
-def _candidate(program: Program, mesh: Mesh, strategy: str, options: Options) -> Candidate:
+def find_candidate(program: Program, mesh: Mesh, strategy: str, options: Options) -> Candidate:
+    """What a captured model does on `mesh` under one strategy, with the prediction for the hardware of the options; or why it
+    cannot."""
     try:
         prepared = prepare(program, mesh, options)
         with step(f"solving for {mesh} with strategy {strategy}"):
             solution = decide(prepared)
     except (ConstraintError, NoShardableFactorError, MeshError, InfeasibleError) as error:
         return Candidate(strategy, error=type(error).__name__, reason=str(error))
-    plan, graph = finish(prepared, solution)
+    return candidate_of(prepared, solution, *finish(prepared, solution), options.hardware)
+
+
+def candidate_of(prepared: Prepared, solution: Solution, plan: Plan, graph: fx.Graph, hardware: Hardware) -> Candidate:
+    """What a plan does, and the prediction for `hardware`. plan, graph: as `finish` gave them."""
     launched = trace_rank(prepared, solution, graph)
-    own = _trace_parameters(program, graph, launched.mesh)
+    own = _trace_parameters(prepared.program, graph, launched.mesh)
     parameters = {FORWARD: _collectives(own.forward), BACKWARD: _collectives(own.backward)}
     # The ranks' agreement on the call comes before the program.
     everything = {FORWARD: _collectives(launched.forward[1:]), BACKWARD: _collectives(launched.backward)}
     return Candidate(
-        strategy,
+        plan.strategy,
         plan,
-        launched.on(options.hardware),
+        launched.on(hardware),
         {
             **{way: _less(everything[way], parameters[way]) for way in (FORWARD, BACKWARD)},
             PARAMETERS: _collectives((*own.forward, *own.backward)),

@@ -214,6 +214,12 @@ class Prepared:
     held: Mapping[str, Layout] | None
     seconds: Mapping[str, float]
     made: dict[int, Problem] = field(default_factory=dict)
+    also: tuple[Constraint, ...] = ()
+
+    @cached_property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """The user's, and `also`."""
+        return (*read_constraints(self.options.constraints, self.options.keep_whole), *self.also)
 
     @cached_property
     def shown_inputs(self) -> list[str]:
@@ -242,7 +248,7 @@ class Prepared:
             None
             if self.held is None
             else {name: _refined(layout, self.mesh, space.mesh) for name, layout in self.held.items()},
-            read_constraints(options.constraints, options.keep_whole),
+            self.constraints,
         )
         return Problem(
             program,
@@ -347,7 +353,7 @@ def plan_prepared(prepared: Prepared) -> Plan:
         solution = decide(prepared)
     found = finish(prepared, solution)[0]
     log_plan(found)
-    found.ask_with(lambda modules: find_alternatives(prepared, solution, found, modules))
+    found.ask_with(lambda modules: find_alternatives(prepared, solution, found, Constraint(modules, None, None)))
     return found
 
 
@@ -357,47 +363,60 @@ def plan_given(program: Program, mesh: Mesh, plan: Plan) -> Plan:
     prepared, solution = prepare_given(program, mesh, plan)
     found = finish(prepared, solution)[0]
     check_same(plan, found)
-    found.ask_with(lambda modules: find_alternatives(prepared, solution, found, modules))
+    found.ask_with(lambda modules: find_alternatives(prepared, solution, found, Constraint(modules, None, None)))
     return found
 
 
-def find_alternatives(prepared: Prepared, solution: Solution, made: Plan, modules: str) -> Alternatives:
-    """What each other layout of the ops in `modules` would cost in all: for each mesh dim each factor that one of them may
-    shard, and whole. Plans anew for each. Raises LayoutError where no op stands there."""
+def find_alternatives(
+    prepared: Prepared, solution: Solution, made: Plan, of: Constraint, seconds: float = math.inf
+) -> Alternatives:
+    """What each other layout of the ops that `of` speaks of would cost in all: for each mesh dim each factor that one of them
+    may shard, and whole. Plans anew for each in its share of `seconds`; those that are left then have that as their reason.
+    Raises LayoutError where there is no such op."""
+    ends = time.perf_counter() + seconds
     factors = prepared.factors
-    check_constraints((Constraint(modules, None, None),), factors, prepared.mesh)
+    check_constraints((of,), factors, prepared.mesh)
     problem = prepared.problem(solution.space)
     mesh, stages = problem.graph.mesh, problem.graph.stages
     chosen = [(stage.op, stage.strategies[solution.choice[stage.index]]) for stage in stages if stage.op is not None]
+    ways = [(mesh_dim, name) for mesh_dim, names in ways_of(of, factors, prepared.spaces).items() for name in names]
     entries = []
-    for mesh_dim, names in ways_of(modules, factors, prepared.spaces).items():
-        for name in names:
-            one = Constraint(modules, mesh_dim, name)
-            try:
-                is_plan = all(constrain(op, (own,), (one,), factors, mesh) for op, own in chosen)
-            except ConstraintError:
-                is_plan = False
-            found = (made, "") if is_plan else _planned_with(prepared, one)
-            entries.append(Alternative(mesh_dim, name, is_plan, *found))
-    return Alternatives(modules, made, tuple(entries))
+    for number, (mesh_dim, name) in enumerate(ways):
+        one = replace(of, mesh_dim=mesh_dim, factor=name)
+        try:
+            is_plan = all(constrain(op, (own,), (one,), factors, mesh) for op, own in chosen)
+        except ConstraintError:
+            is_plan = False
+        share = (ends - time.perf_counter()) / (len(ways) - number)
+        entries.append(Alternative(mesh_dim, name, is_plan, *((made, "") if is_plan else _planned_with(prepared, one, share))))
+    return Alternatives(of.modules, made, tuple(entries))
 
 
-def _planned_with(prepared: Prepared, one: Constraint) -> tuple[Plan | None, str]:
+def _planned_with(prepared: Prepared, one: Constraint, seconds: float) -> tuple[Plan | None, str]:
     """The plan under one constraint more, or why there is none."""
-    options = prepared.options
-    wanted = {**(options.constraints or {})}
-    wanted[one.modules] = {**wanted.get(one.modules, {}), one.mesh_dim: one.factor}
+    if seconds <= 0:
+        return None, "not worked out, because the time for it was up"
+    options = replace(prepared.options, time_limit=min(seconds, prepared.options.time_limit))
+    if one.ops is None:
+        wanted = {**(options.constraints or {})}
+        wanted[one.modules] = {**wanted.get(one.modules, {}), one.mesh_dim: one.factor}
+        changed = replace(prepared, options=replace(options, constraints=wanted), made={})
+    else:  # which no option says
+        changed = replace(prepared, options=options, also=(*prepared.also, one), made={})
     try:
-        again = _constrained(replace(prepared, options=replace(options, constraints=wanted), made={}))
+        again = _constrained(changed)
         return finish(again, decide(again))[0], ""
-    except (ConstraintError, InfeasibleError, OutOfTimeError) as error:
+    except ConstraintError as error:
+        # To constrain these ops was not the user's wish.
+        return None, str(error) if one.ops is None else f"{error.where or error.asked}: {error.found}"
+    except (InfeasibleError, OutOfTimeError) as error:
         return None, str(error)
 
 
 def _constrained(prepared: Prepared) -> Prepared:
     """Without the spaces in which some op has no strategy that the constraints leave. Raises ConstraintError where that is all
     of them."""
-    constraints = read_constraints(prepared.options.constraints, prepared.options.keep_whole)
+    constraints = prepared.constraints
     if not constraints:
         return prepared
     check_constraints(constraints, prepared.factors, prepared.mesh)

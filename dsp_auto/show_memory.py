@@ -38,10 +38,13 @@ def show_memory(plan: Plan) -> str:
 
     plan: as `dsp_auto.plan` gave it, or read back from JSON.
     """
-    return f"{_breakdown(plan)}\n\n{_timeline(plan)}"
+    cells = [(what, show_bytes(nbytes), note) for what, nbytes, note in breakdown(plan)]
+    table = tabulate(cells, headers=["a device holds", "bytes", ""], disable_numparse=True, colalign=("left", "right", "left"))
+    return f"{table}\n\n{_timeline(plan)}"
 
 
-def _breakdown(plan: Plan) -> str:
+def breakdown(plan: Plan) -> list[tuple[str, int, str]]:
+    """What a device holds, its bytes, and a note."""
     own = plan.memory
     rows = [("parameters", own["parameter_bytes"], "")]
     if own["gradient_bytes"]:
@@ -58,28 +61,35 @@ def _breakdown(plan: Plan) -> str:
     if own["capacity_bytes"] is not None:
         kept = f"{show_bytes(own['reserve_bytes'])} more are kept back" if own["reserve_bytes"] else ""
         rows.append(("capacity", own["capacity_bytes"], kept))
-    cells = [(what, show_bytes(nbytes), note) for what, nbytes, note in rows]
-    return tabulate(cells, headers=["a device holds", "bytes", ""], disable_numparse=True, colalign=("left", "right", "left"))
+    return rows
+
+
+def timeline(plan: Plan) -> tuple[list[str], list[tuple[str, dict[str, int], bool]]]:
+    """The phases that there are, and of each block its name, the most bytes in each of these, and whether the peak is there."""
+    own = plan.memory
+    blocks, step = _blocks(own["curve"])
+    peak = next((block for block in [*blocks, *step] if block.most == own["peak_bytes"]), None)
+    phases = [phase for phase in PHASES if any(phase in block.high for block in blocks)]
+    rows = []
+    for block in [*_folded(blocks, peak), *step]:
+        # The optimizer's step comes after all phases, and has one number.
+        shown = {phases[-1]: block.high[STEP]} if STEP in block.high else block.high
+        rows.append((block.name, shown, block is peak))
+    return phases, rows
 
 
 def _timeline(plan: Plan) -> str:
     own = plan.memory
-    blocks, step = _blocks(own["curve"])
-    peak = next((block for block in [*blocks, *step] if block.most == own["peak_bytes"]), None)
-    rows = [*_folded(blocks, peak), *step]
-    phases = [phase for phase in PHASES if any(phase in block.high for block in blocks)]
+    phases, rows = timeline(plan)
     scale = max(own["peak_bytes"], own["capacity_bytes"] or 0) or 1
-    cells = []
-    for block in rows:
-        # The optimizer's step comes after all phases, and has one number.
-        shown = {**block.high, phases[-1]: block.high[STEP]} if STEP in block.high else block.high
-        cells.append(
-            [
-                block.name,
-                *(show_bytes(shown[phase]) if phase in shown else "" for phase in phases),
-                "#" * round(BAR * block.most / scale) + (" peak" if block is peak else ""),
-            ]
-        )
+    cells = [
+        [
+            name,
+            *(show_bytes(high[phase]) if phase in high else "" for phase in phases),
+            "#" * round(BAR * max(high.values()) / scale) + (" peak" if is_peak else ""),
+        ]
+        for name, high, is_peak in rows
+    ]
     return tabulate(
         cells,
         headers=["the most in", *phases, "of the peak" if own["capacity_bytes"] is None else "of the capacity"],

@@ -23,15 +23,19 @@ from .presets import Space
 @dataclass(frozen=True)
 class Constraint:
     """`modules` is a path, or a pattern in which `*` stands for one part of it: `blocks.*.attn`. mesh_dim: the user's; None:
-    all of them. factor: its name as plans print it; None: nothing is sharded."""
+    all of them. factor: its name as plans print it; None: nothing is sharded. ops: names of these alone, whatever their
+    modules."""
 
     modules: str
     mesh_dim: str | None
     factor: str | None
+    ops: frozenset[str] | None = None
 
-    def covers(self, path: str) -> bool:
-        """Whether an op in the module at `path` stands in the modules."""
-        wanted, parts = self.modules.split("."), path.split(".")
+    def covers(self, op: Op) -> bool:
+        """Whether an op stands in the modules, or is one of the ops."""
+        if self.ops is not None:
+            return op.name in self.ops
+        wanted, parts = self.modules.split("."), op.path.split(".")
         return len(parts) >= len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
     def __str__(self) -> str:
@@ -76,7 +80,7 @@ def check_constraints(constraints: Sequence[Constraint], factors: Factors, mesh:
     """Raises LayoutError for a constraint that speaks of nothing: no such module, mesh dim or factor there."""
     ops = [op for op in factors.ops if not op.is_view]
     for one in constraints:
-        own = [op for op in ops if one.covers(op.path)]
+        own = [op for op in ops if one.covers(op)]
         if not own:
             paths = {".".join(op.path.split(".")[:n]) for op in ops for n in range(1, op.path.count(".") + 2) if op.path}
             near = difflib.get_close_matches(one.modules, sorted(paths), 5, 0.3) or sorted(paths)[:8]
@@ -106,7 +110,7 @@ def constrain(
     """Those of an op's strategies that all constraints leave. Raises LayoutError where these are none."""
     left, all_of = tuple(strategies), tuple(strategies)
     for one in constraints:
-        if not one.covers(op.path):
+        if not one.covers(op):
             continue
         carried = _carried(op, factors, one.factor)
         if one.factor is not None and not carried:
@@ -129,7 +133,7 @@ def constrain(
 def check_satisfiable(constraints: Sequence[Constraint], factors: Factors, space: Space) -> None:
     """Raises ConstraintError where some op of a space has no strategy left."""
     for op in factors.ops:
-        if not op.is_view and any(one.covers(op.path) for one in constraints):
+        if not op.is_view and any(one.covers(op) for one in constraints):
             constrain(op, enumerate_strategies(op, factors, space), constraints, factors, space.mesh)
 
 
@@ -158,10 +162,10 @@ def _show(op: Op, strategy: Strategy, factors: Factors, mesh: Mesh) -> str:
     return ", ".join(shown) or "whole"
 
 
-def ways_of(modules: str, factors: Factors, spaces: Sequence[Space]) -> dict[str, list[str | None]]:
-    """By the user's mesh dims, the factors that some op in `modules` may shard over it in any space; None (whole) last."""
-    one = Constraint(modules, None, None)
-    own = [op for op in factors.ops if not op.is_view and one.covers(op.path)]
+def ways_of(one: Constraint, factors: Factors, spaces: Sequence[Space]) -> dict[str, list[str | None]]:
+    """By the user's mesh dims, the factors that some op that `one` speaks of may shard over it in any space; None (whole)
+    last."""
+    own = [op for op in factors.ops if not op.is_view and one.covers(op)]
     found: dict[str, dict[str, None]] = {name: {} for name, size in spaces[0].mesh.whole.items() if size > 1}
     for space in spaces:
         for op in own:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -134,3 +135,8 @@ class Factors:
 
     def __str__(self) -> str:
         return "\n".join(f"{name}.{index}: {self.show((name, index))}" for name, index in self.values)
+
+
+def common_name(name: str) -> str:
+    """What factors of several blocks share: `proj.2` of `proj.2'3`, which is the third of that name."""
+    return re.sub(r"'\d+$", "", name)

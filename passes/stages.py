@@ -226,7 +226,7 @@ def make_stages(
             views[op.results[0]] = (storage, tuple(own))
             continue
         is_large = any(factors.values[result].nbytes > limit for result in op.results)
-        own = tuple(one for one in constraints if one.covers(op.path))
+        own = tuple(one for one in constraints if one.covers(op))
         key = (is_large, _key(op, factors, space), own and op.name)
         if key not in known:
             found = constrain(op, enumerate_strategies(op, factors, space), own, factors, mesh)
