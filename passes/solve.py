@@ -112,6 +112,8 @@ def solve(
         if answer.status != "Infeasible":
             raise out_of_time(time_limit)
         raise _infeasible(problem, model, capacity, left())
+    if answer.recomputed:  # which costs nothing where only bytes count, and nothing is sent again
+        answer = _recompute_fewer(problem, model, answer, capacity)
     objective = problem.cost(answer.choice, answer.recomputed)
     return Solution(
         choice=answer.choice,
@@ -290,13 +292,19 @@ def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: i
     def fits(recomputed: Recomputed) -> bool:
         return max(apart.totals(answer.choice, recomputed)[problem.whole]) <= capacity
 
+    def made(region: int) -> int:
+        """Bytes that a region's ops make: where only bytes that are sent count, what says how much work it is."""
+        stages = (problem.graph.stages[number] for number in numbered[region].stages)
+        return sum(problem.graph.factors.values[result].nbytes for stage in stages for result in stage.op.results)
+
+    numbered = {region.number: region for region in problem.regions}
     copies: dict[int, list[int]] = {}
     for region, first in model.ledger.regions.items():
         if region in answer.recomputed:
             copies.setdefault(first, []).append(region)
     gone: list[int] = []
     all_of = problem.again(answer.choice, answer.recomputed)
-    dearest = sorted(copies.values(), key=lambda own: problem.again(answer.choice, without(own)) - all_of)
+    dearest = sorted(copies.values(), key=lambda own: (problem.again(answer.choice, without(own)) - all_of, -made(own[0])))
     for own in dearest:
         few, many = -1, len(own)
         while many - few > 1:

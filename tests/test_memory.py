@@ -237,6 +237,17 @@ def test_recompute_false_never_recomputes():
     assert tight < error.value.least_bytes <= free
 
 
+def test_no_more_blocks_are_recomputed_than_a_capacity_asks_for():
+    """Even where recomputing costs nothing that is counted: no bytes are sent for it."""
+    model, args, kwargs = transformer_2d(layers=4, hidden=32, heads=4, frames=16, tokens=32)
+    free = dsp_auto.plan(model, "2", args, kwargs, optimizer="none", recompute=False).memory["peak_bytes"]
+    blocks = [
+        len(dsp_auto.plan(model, "2", args, kwargs, optimizer="none", capacity=int(share * free)).recomputed)
+        for share in (1.5, 0.8, 0.6)
+    ]
+    assert blocks[0] == 0 < blocks[1] < blocks[2] < 8
+
+
 def test_recompute_true_without_a_capacity_is_refused():
     model, args, _ = small()
     with pytest.raises(StrategyError, match="recompute=True.*no capacity.*80GB"):
