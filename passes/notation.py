@@ -186,6 +186,11 @@ class Window:
         return last - first
 
 
+def shifted(by: int) -> Callable[[int, int], tuple[int, int]]:
+    """What a `Window` needs of a source that lies `by` further on: the range as it stands there."""
+    return lambda start, stop: (start + by, stop + by)
+
+
 @dataclass(frozen=True)
 class Ring:
     """Ranks that each have a range of the axis `queries` and of the axis `keys`, and pass what has keys round.
@@ -496,9 +501,9 @@ def from_notation(
                 if size % rest:
                     raise RuleError(f"rule {text!r}: dim of size {size} is not a multiple of {rest} (shape {shape})")
                 known[unknown[0]] = size // rest
-    done = []
+    done: list[tuple[Dim, ...]] = []
     for dims, shape in spread:
-        fixed = []
+        fixed: list[Dim] = []
         for dim, size in zip(dims, shape, strict=True):
             if dim == UNREAD:
                 fixed.append(())

@@ -7,6 +7,7 @@ plan carries. A plan that is further from its bound than `GAP` is solved for aga
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,7 +113,7 @@ def solve(
         if answer.status != "Infeasible":
             raise out_of_time(time_limit)
         raise _infeasible(problem, model, capacity, left())
-    objective = problem.cost(answer.choice, answer.recomputed)
+    objective = _cost(problem, answer)
     return Solution(
         choice=answer.choice,
         recomputed=answer.recomputed,
@@ -130,13 +131,15 @@ def solve(
     )
 
 
-def _cost(problem: Problem, answer: Answer) -> float | None:
-    return None if answer.choice is None else problem.cost(answer.choice, answer.recomputed)
+def _cost(problem: Problem, answer: Answer) -> float:
+    """Infinite where the solver found none."""
+    cost = None if answer.choice is None else problem.cost(answer.choice, answer.recomputed)
+    return math.inf if cost is None else cost
 
 
-def _distance(objective: float | None, bound: float | None) -> float:
-    if objective is None or bound is None:
-        return float("inf")
+def _distance(objective: float, bound: float | None) -> float:
+    if math.isinf(objective) or bound is None:
+        return math.inf
     return max(objective - bound, 0.0) / objective if objective > 0 else 0.0
 
 
@@ -157,9 +160,10 @@ def _solve(
     else:
         points = set(points or ()) | _high_points(problem)
     deadline = time.perf_counter() + time_limit
-    held = capacity
+    too_much = 0
     while True:
         left = max(deadline - time.perf_counter(), min(time_limit, 0.1))
+        held = None if capacity is None else capacity - too_much
         answer = model.solve(rows if few else model.points(points), held, time_limit=left, start=start)
         if answer.choice is None:
             return answer, points
@@ -178,7 +182,7 @@ def _solve(
         elif capacity is None:
             return answer, points
         else:  # by less than the solver's tolerance
-            held -= int(totals[exceeded[0]]) - capacity + 1
+            too_much += int(totals[exceeded[0]]) - capacity + 1
 
 
 def _high_points(problem: Problem) -> set[int]:
@@ -192,13 +196,6 @@ def _high_points(problem: Problem) -> set[int]:
     largest = sorted(range(len(points)), key=lambda n: -sizes.get(points[n].stage, 0))[:NEW_POINTS]
     ends = [n for n, point in enumerate(points) if point.stage == stages[-1].index]
     return {*ends, *largest}
-
-
-def _least_peak(problem: Problem, model: Model, time_limit: float) -> tuple[int, Answer]:
-    answer, _ = _solve(problem, model, None, time_limit)
-    if answer.choice is None:
-        raise out_of_time(time_limit)
-    return problem.peak(answer.choice, answer.recomputed)[0], answer
 
 
 def _frugal_peak(problem: Problem, model: Model, time_limit: float) -> int:
@@ -247,14 +244,20 @@ def _better(problem: Problem, answer: Answer, other: Answer | None) -> Answer:
 
 
 def _solve_apart(
-    problem: Problem, apart: Sequence[int], folded: Answer, bound, points: set[int], capacity: int, time_limit: float
+    problem: Problem,
+    apart: Sequence[int],
+    folded: Answer,
+    bound: float | None,
+    points: set[int],
+    capacity: int,
+    time_limit: float,
 ) -> tuple[Answer, float | None]:
     """The problem without folding, as far as the time goes."""
     known = folded if folded.choice is not None else None
     answer, _ = _solve(problem, Model(problem, apart), capacity, time_limit, points, known)
     if answer.choice is None:
         return folded, bound
-    least = problem.cost(answer.choice, answer.recomputed) if answer.optimal else bound
+    least = _cost(problem, answer) if answer.optimal else bound
     return _better(problem, answer, known), least
 
 
@@ -279,8 +282,8 @@ def _improve(
 def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: int) -> Answer:
     """The same choice with no more of a block's copies recomputed than have to be: the first ones, whose activations would be
     kept longest."""
-    apart = problem.ledger(model.same, model.group_numbers, apart=True)
-    if not apart.fits(answer.choice, answer.recomputed):
+    apart, choice = problem.ledger(model.same, model.group_numbers, apart=True), answer.choice
+    if choice is None or not apart.fits(choice, answer.recomputed):
         return answer
 
     def without(regions: Iterable[int]) -> Recomputed:
@@ -288,15 +291,15 @@ def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: i
         return answer.recomputed - gone - {kept for region in gone for kept in problem.keeps[region]}
 
     def fits(recomputed: Recomputed) -> bool:
-        return max(apart.totals(answer.choice, recomputed)[problem.whole]) <= capacity
+        return max(apart.totals(choice, recomputed)[problem.whole]) <= capacity
 
     copies: dict[int, list[int]] = {}
     for region, first in model.ledger.regions.items():
         if region in answer.recomputed:
             copies.setdefault(first, []).append(region)
     gone: list[int] = []
-    all_of = problem.again(answer.choice, answer.recomputed)
-    dearest = sorted(copies.values(), key=lambda own: problem.again(answer.choice, without(own)) - all_of)
+    all_of = problem.again(choice, answer.recomputed)
+    dearest = sorted(copies.values(), key=lambda own: problem.again(choice, without(own)) - all_of)
     for own in dearest:
         few, many = -1, len(own)
         while many - few > 1:
@@ -329,8 +332,8 @@ def _shard_then_recompute(
     frugal = int(_frugal_peak(problem, model, left() / 4) * (1 + SLACK))
     cheap = [model.solve({}, capacity, time_limit=left() / 4), _solve(problem, model, frugal, left() / 4)[0]]
     best = known
-    answers = [answer for answer in (*cheap, known) if answer is not None and answer.choice is not None]
-    for choice, own in {answer.choice: answer for answer in answers}.items():
+    answers = [answer for answer in (*cheap, known) if answer is not None]
+    for choice, own in {answer.choice: answer for answer in answers if answer.choice is not None}.items():
         try:
             found = solve(problem.decided(choice), capacity, use_folding=False, time_limit=left() / 2)
         except (InfeasibleError, OutOfTimeError):
@@ -341,8 +344,10 @@ def _shard_then_recompute(
 
 
 def _infeasible(problem: Problem, model: Model, capacity: int, time_limit: float) -> InfeasibleError:
-    least, answer = _least_peak(problem, model, time_limit)
-    _, where = problem.peak(answer.choice, answer.recomputed)
+    answer, _ = _solve(problem, model, None, time_limit)
+    if answer.choice is None:
+        raise out_of_time(time_limit)
+    least, where = problem.peak(answer.choice, answer.recomputed)
     return InfeasibleError(
         where=problem.graph.stages[where.stage].name,
         point=problem.show_point(where),
