@@ -234,7 +234,7 @@ class ParallelModule(nn.Module):
             return self._forward(*args, **kwargs)
 
         self.__dict__["_compiled"] = Programs()
-        forward.__signature__ = inspect.signature(model.forward)
+        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]  # what `inspect` looks for
         self.__dict__["forward"] = forward
 
     def __getattr__(self, name: str) -> Any:
@@ -501,7 +501,7 @@ class ParallelModule(nn.Module):
                 continue
             within = [_innermost(path, sharding) for owner, _ in one.owners for path in paths[id(owner)]]
             if None not in within:
-                homes[node.name] = Home(entry.name, frozenset(within))
+                homes[node.name] = Home(entry.name, frozenset(path for path in within if path is not None))
         module, taken = cut(
             prepared.graph, program.module, prepared.sources, entered, homes, state.hooks.running
         )
@@ -613,7 +613,7 @@ class ParallelModule(nn.Module):
 
 def _given_plans(plan: Plan | str | PathLike | Sequence[Any], mesh: Mesh) -> tuple[Options, tuple[Plan, ...]]:
     """Plans that a user gave, and what all of them were made with as far as it matters before a call."""
-    listed = list(plan) if isinstance(plan, (list, tuple)) else [plan]
+    listed: list[Any] = list(plan) if isinstance(plan, (list, tuple)) else [plan]
     plans = tuple(own if isinstance(own, Plan) else Plan.load(own) for own in listed)
     if not plans:
         raise PlanError(asked="parallelize with a plan", found="an empty list", remedy="give a plan, or leave it out")
