@@ -433,7 +433,8 @@ def parse(text: str) -> tuple[list[list[Dim | str]], list[list[Dim | str]]]:
     sides = text.split("->")
     if len(sides) != 2:
         raise RuleError(f"rule {text!r}: expected one '->' between operands and results")
-    return tuple([_parse_group(group, text) for group in side.split(",")] for side in sides)  # type: ignore
+    operands, results = ([_parse_group(group, text) for group in side.split(",")] for side in sides)
+    return operands, results
 
 
 def _parse_group(group: str, text: str) -> list[Dim | str]:
@@ -538,13 +539,14 @@ def from_notation(
 
 def _spread(dims: list[Dim | str], shape: Shape, text: str) -> tuple[list[Dim], Shape]:
     """`...` replaced by axes named from the right, so that operands broadcast as tensors do."""
+    written = [dim for dim in dims if not isinstance(dim, str)]
     if ELLIPSIS not in dims:
         if len(dims) != len(shape):
             raise RuleError(f"rule {text!r}: {len(dims)} dims written, shape {shape} has {len(shape)}")
-        return dims, shape  # type: ignore
+        return written, shape
     extra = len(shape) - (len(dims) - 1)
     if extra < 0:
         raise RuleError(f"rule {text!r}: at least {len(dims) - 1} dims written, shape {shape} has {len(shape)}")
     at = dims.index(ELLIPSIS)
     leading: list[Dim] = [(f".{position}",) for position in range(extra - 1, -1, -1)]
-    return dims[:at] + leading + dims[at + 1 :], shape  # type: ignore
+    return written[:at] + leading + written[at:], shape
