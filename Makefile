@@ -6,7 +6,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint types docs clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/stamp-run
@@ -17,6 +17,11 @@ test: $(VENV)/stamp-test
 
 lint: $(VENV)/stamp-test
 	$(VENV)/bin/ruff check .
+
+# On a copy with the packages where they install: below dsp_auto.
+types: $(VENV)/stamp-types
+	rm -rf build/types && mkdir -p build/types && cp -r dsp_auto build/types && cp -r passes cost_models examples build/types/dsp_auto
+	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p dsp_auto
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -32,6 +37,10 @@ $(VENV)/stamp-run: pyproject.toml constraints.txt
 
 $(VENV)/stamp-test: $(VENV)/stamp-run
 	$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/stamp-types: $(VENV)/stamp-run
+	$(PIP) install -c constraints.txt -e '.[types]'
 	@touch $@
 
 docs: $(VENV)/stamp-test

@@ -91,7 +91,8 @@ def call_seconds(
 ) -> tuple[float, float]:
     """Seconds of one call on fake tensors, forward and backward, its work shared out over `shards` devices."""
     forward, backward = op_launches(target, args, kwargs, training)
-    return tuple(sum(one.seconds(hardware, shards) for one in way) for way in (forward, backward))
+    there, back = (sum(one.seconds(hardware, shards) for one in way) for way in (forward, backward))
+    return there, back
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from dsp_auto.errors import StrategyError
 
@@ -138,7 +138,7 @@ class Hardware:
                 remedy=f"calibrate on {ranks} ranks",
             )
         inside, inner = {}, 1
-        for name, size in reversed(mesh.items()):
+        for name, size in reversed([*mesh.items()]):
             # Groups of 6 neighbours in nodes of 8 do not stay inside: of each, only pairs do for certain.
             left = 1 if self.gpus_per_node % inner else self.gpus_per_node // inner
             if ranks > self.gpus_per_node and (near := math.gcd(size, left)) < size:
@@ -311,7 +311,7 @@ class _Reader:
             self._number(known.get("efficiency", 1.0), f"{place}.efficiency", above=0.0),
         )
 
-    def _known(self, data: Any, kind: type, place: str) -> dict[str, Any]:
+    def _known(self, data: Any, kind: type[Any], place: str) -> dict[str, Any]:
         fields = kind.__dataclass_fields__
         if unknown := [name for name in self._mapping(data, place) if name not in fields]:
             raise _malformed(self.where, f"{place} has {unknown[0]!r}, and may have {', '.join(fields)}")
@@ -414,6 +414,14 @@ PROFILES = {
         ),
     )
 }
+
+
+@overload
+def as_hardware(hardware: str | PathLike | Hardware) -> Hardware: ...
+
+
+@overload
+def as_hardware(hardware: str | PathLike | Hardware | None) -> Hardware | None: ...
 
 
 def as_hardware(hardware: str | PathLike | Hardware | None) -> Hardware | None:

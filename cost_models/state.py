@@ -177,7 +177,8 @@ def packed(gradients: Sequence[tuple[Any, int]]) -> list[list[int]]:
     gradients: kind (what may not be mixed: a dtype) and bytes of each; the answer has their positions.
     """
     open_: dict[Any, list[int]] = {}
-    found, filled = [], {}
+    filled: dict[Any, int] = {}
+    found: list[list[int]] = []
     for n, (kind, nbytes) in enumerate(gradients):
         if kind in open_ and filled[kind] + nbytes <= BUCKET_BYTES:
             open_[kind].append(n)

@@ -23,8 +23,8 @@ from .failures import failed
 _groups: dict[tuple[tuple[int, ...], timedelta], tuple[Any, Any]] = {}
 
 
-def gloo_group(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> dist.ProcessGroupGloo:
-    """A gloo group of `ranks`, made by these ranks alone.
+def gloo_group(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Any:
+    """A ProcessGroupGloo (whose stub leaves collectives out) of `ranks`, made by these ranks alone.
 
     Not `dist.new_group`: it either waits for all ranks of the world, or names the group after how many groups this process
     has made, and where some rank has made one more the ranks wait for each other for ever.

@@ -20,7 +20,7 @@ def world_store() -> dist.Store:
 
 def group_called(name: str) -> dist.ProcessGroup:
     """The group that a functional collective names."""
-    return distributed_c10d._resolve_process_group(name)
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str, private too
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:

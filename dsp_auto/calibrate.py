@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ def calibrate(mesh: DeviceMesh, *, quick: bool = False, name: str = "calibrated"
     kernels, fits = _fit_kernels([Sample(one, statistics.median(all_of)) for one, all_of in kernel_seconds.items()])
     links, link_fits = _fit_links(link_seconds)
     # On one rank nothing leaves the memory.
-    slowest = min(links.values(), key=lambda link: link.bandwidth, default=Link(kernels["copy"].memory.achieved / 2, 0.0))
+    copied = kernels["copy"].memory
+    inside = Link(math.inf if copied is None else copied.achieved / 2, 0.0)
+    slowest = min(links.values(), key=lambda link: link.bandwidth, default=inside)
     hardware = Hardware(name, slowest, None, shape.ranks, kernels, links)
     hardware = replace(hardware, host=_measure_host(mesh.device_type, hardware, clock))
     hardware = replace(hardware, lockstep=_measure_lockstep(mesh, shape, clock))
@@ -188,7 +191,7 @@ def _measure_kernels(device: str, clock: _Clock, quick: bool) -> Iterator[tuple[
             if one not in seen:
                 seen.add(one)
                 # Ranks that share a core get it in turn: the mean of them is what one gets.
-                yield one, clock.mean(clock(_holding(lambda f=func, a=args, k=kwargs: f(*a, **k), one.nbytes)))
+                yield one, clock.mean(clock(_holding(partial(func, *args, **kwargs), one.nbytes)))
 
 
 def _holding(call: Callable[[], Any], nbytes: int) -> Callable[[], None]:
@@ -205,7 +208,7 @@ def _holding(call: Callable[[], Any], nbytes: int) -> Callable[[], None]:
     return run
 
 
-def _layers(device: str, quick: bool) -> Iterator[tuple[Callable[..., Tensor] | Tensor, ...]]:
+def _layers(device: str, quick: bool) -> Iterator[tuple[Callable[..., Tensor], *tuple[Tensor, ...]]]:
     """Sample layers in several sizes: a function, and the tensors that it takes."""
 
     def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -448,7 +451,8 @@ def _collective(
 
 def _to_next(count: int, ranks: int, rank: int) -> tuple[list[int], list[int]]:
     """Elements received from each rank and sent to each: all of them to the next one."""
-    return tuple([count * (r == (rank + way) % ranks) for r in range(ranks)] for way in (-1, 1))
+    received, sent = ([count * (r == (rank + way) % ranks) for r in range(ranks)] for way in (-1, 1))
+    return received, sent
 
 
 # The command.

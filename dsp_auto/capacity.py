@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -62,10 +62,25 @@ def parse_capacity(capacity: int | str | None) -> int | str | None:
     return int(amount)
 
 
+_Device = torch.device | str | None
+
+
+@overload
+def find_capacity(
+    capacity: int | str, reserve: float | None = ..., device: _Device = ..., *, held: int = ..., sharing: int = ...
+) -> Capacity: ...
+
+
+@overload
+def find_capacity(
+    capacity: int | str | None, reserve: float | None = ..., device: _Device = ..., *, held: int = ..., sharing: int = ...
+) -> Capacity | None: ...
+
+
 def find_capacity(
     capacity: int | str | None,
     reserve: float | None = None,
-    device: torch.device | str | None = None,
+    device: _Device = None,
     *,
     held: int = 0,
     sharing: int = 1,
@@ -87,13 +102,12 @@ def find_capacity(
     amount = parse_capacity(capacity)
     if reserve is not None:
         _check_reserve(reserve)
-    if amount is None:
+    if capacity is None or amount is None:
         return None
     if reserve is None:
         reserve = RESERVE if amount == "free" or _split(capacity)[1] else 0.0
-    if amount == "free":
-        amount = _free(device, held, sharing)
-    return Capacity(capacity, amount, reserve)
+    nbytes = _free(device, held, sharing) if isinstance(amount, str) else amount
+    return Capacity(capacity, nbytes, reserve)
 
 
 def _is_free(capacity: Any) -> bool:

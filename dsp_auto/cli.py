@@ -251,6 +251,8 @@ def _import_file(path: Path) -> Any:
         raise FileNotFoundError("no such file")
     _importable(path.parent.resolve())
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("no file that Python imports")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)

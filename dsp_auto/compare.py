@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
-from .cost_models.hardware import Hardware
+from .cost_models.hardware import Hardware, as_hardware
 from .errors import ConstraintError, DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
 from .mesh import Mesh, as_mesh
 from .passes.capture import Program, capture
@@ -62,20 +62,32 @@ class Candidate:
     error: str = ""
     reason: str = ""
 
+    @property
+    def found(self) -> tuple[Plan, Prediction, Mapping[str, Mapping[str, Traffic]]]:
+        """The plan, the prediction and the collectives of one that has them. Raises StrategyError where there is no plan."""
+        if self.plan is None or self.prediction is None or self.collectives is None:
+            raise StrategyError(
+                asked=f"what {self.strategy} sends and takes",
+                found=f"it has no plan: {self.reason}",
+                remedy="look at those in `Comparison.runnable`",
+            )
+        return self.plan, self.prediction, self.collectives
+
     def wire_bytes(self, *which: str) -> float:
-        """Bytes that a device sends in a step, or in "forward", "backward" or for "parameters"."""
-        kinds = [self.collectives[part] for part in which or (FORWARD, BACKWARD, PARAMETERS)]
+        """Bytes that a device sends in a step, or in "forward", "backward" or for "parameters". Raises as `found` does."""
+        _, _, collectives = self.found
+        kinds = [collectives[part] for part in which or (FORWARD, BACKWARD, PARAMETERS)]
         return sum(traffic.wire_bytes for part in kinds for traffic in part.values())
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, as JSON has it."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if self.plan is not None:
-            data["plan"] = self.plan.to_dict()
-            data["prediction"] = asdict(self.prediction)
+            plan, prediction, collectives = self.found
+            data["plan"] = plan.to_dict()
+            data["prediction"] = asdict(prediction)
             data["collectives"] = {
-                part: {kind: asdict(traffic) for kind, traffic in kinds.items()}
-                for part, kinds in self.collectives.items()
+                part: {kind: asdict(traffic) for kind, traffic in kinds.items()} for part, kinds in collectives.items()
             }
         return data
 
@@ -124,7 +136,10 @@ class Comparison:
 
     def best(self, candidate: Candidate) -> tuple[str, ...]:
         """What a candidate is best in: "least wire bytes" of a step, "least time". Several may be equal."""
-        measures = {"least wire bytes": Candidate.wire_bytes, "least time": lambda one: one.prediction.seconds}
+        measures: dict[str, Callable[[Candidate], float]] = {
+            "least wire bytes": lambda one: one.wire_bytes(),
+            "least time": lambda one: one.found[1].seconds,
+        }
         return tuple(
             what
             for what, of in measures.items()
@@ -173,11 +188,12 @@ class Comparison:
         heads += ["paper's\nforward volume"] + ["activations", "predicted", ""] * (shares == 1)
         rows = []
         for one in self.runnable:
-            row = [one.strategy, *(_show_collectives(one.collectives[part], shares) for part in parts)]
+            plan, prediction, collectives = one.found
+            row = [one.strategy, *(_show_collectives(collectives[part], shares) for part in parts)]
             row += [show_bytes(one.wire_bytes(part) / shares) for part in parts]
-            row.append(show_bytes(one.plan.communication["paper_forward_volume"] / shares))
+            row.append(show_bytes(plan.communication["paper_forward_volume"] / shares))
             if shares == 1:
-                memory, seconds = one.plan.memory["activation_bytes"], one.prediction.seconds
+                memory, seconds = plan.memory["activation_bytes"], prediction.seconds
                 row += [show_bytes(memory), show_seconds(seconds), ", ".join(self.best(one))]
             rows.append(row)
         align = ["left"] * (1 + len(parts)) + ["right"] * (len(parts) + 1) + ["right", "right", "left"] * (shares == 1)
@@ -210,9 +226,9 @@ def compare(
         raise StrategyError(asked="compare no strategies", found="an empty list", remedy=f"name some of {', '.join(PRESETS)}")
     if layers is not None and layers < 1:
         raise StrategyError(asked=f"layers {layers}", found="not a number of layers", remedy="use 1 or more")
-    chosen = {name: Options.of(strategy=name, hardware=hardware, **options) for name in names}
+    profile = as_hardware(hardware)
+    chosen = {name: Options.of(strategy=name, hardware=profile, **options) for name in names}
     abstract = as_mesh(mesh)
-    profile = next(iter(chosen.values())).hardware
     profile.on(abstract.whole)  # which refuses a mesh that it was not measured on
     with step(f"capture of {type(model).__name__}"):
         program = capture(model, args, kwargs)
@@ -222,7 +238,7 @@ def compare(
         training=program.training,
         blocks=count_blocks(program),
         layers=layers,
-        candidates=tuple(find_candidate(program, abstract, name, chosen[name]) for name in PRESETS if name in chosen),
+        candidates=tuple(find_candidate(program, abstract, name, chosen[name], profile) for name in PRESETS if name in chosen),
     )
 
 
@@ -243,16 +259,15 @@ def count_blocks(program: Program) -> int:
     return sum(size >= WORTH_COUNTING * max(sizes.values()) for size in sizes.values())
 
 
-def find_candidate(program: Program, mesh: Mesh, strategy: str, options: Options) -> Candidate:
-    """What a captured model does on `mesh` under one strategy, with the prediction for the hardware of the options; or why it
-    cannot."""
+def find_candidate(program: Program, mesh: Mesh, strategy: str, options: Options, hardware: Hardware) -> Candidate:
+    """What a captured model does on `mesh` under one strategy, with the prediction for `hardware`; or why it cannot."""
     try:
         prepared = prepare(program, mesh, options)
         with step(f"solving for {mesh} with strategy {strategy}"):
             solution = decide(prepared)
     except (ConstraintError, NoShardableFactorError, MeshError, InfeasibleError) as error:
         return Candidate(strategy, error=type(error).__name__, reason=str(error))
-    return candidate_of(prepared, solution, *finish(prepared, solution), options.hardware)
+    return candidate_of(prepared, solution, *finish(prepared, solution), hardware)
 
 
 def candidate_of(prepared: Prepared, solution: Solution, plan: Plan, graph: fx.Graph, hardware: Hardware) -> Candidate:

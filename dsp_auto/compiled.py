@@ -21,6 +21,10 @@ from .passes.capture import Program, ordered_kwargs, positions_of
 class Compiled(nn.Module):
     """The program of one signature. Takes the arguments' leaves in the order of a call, returns what the model returns."""
 
+    model: nn.Module
+    module: fx.GraphModule
+    owners: list[nn.Module]
+
     def __init__(
         self, model: nn.Module, program: Program, module: fx.GraphModule, sources: Sequence[Any], call: tuple, leaves: Sequence
     ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -205,7 +205,7 @@ def transfer(prepared: Prepared, solution: Solution, other: Prepared) -> Solutio
     return replace(solution, choice=choice, recomputed=recomputed, objective=objective, peak_bytes=peak)
 
 
-def _choice(problem: Problem, made: dict[str, Any]) -> tuple[int, ...]:
+def _choice(problem: Problem, made: Mapping[str, Any]) -> tuple[int, ...]:
     stages, found = problem.graph.stages, []
     ways = [_read_way(way) for way in made["ways"]]
     if len(stages) != len(made["stages"]):
@@ -232,9 +232,10 @@ def _shards(problem: Problem, stage: Stage, solution: Solution) -> list[str]:
     graph, strategy = problem.graph, stage.strategies[solution.choice[stage.index]]
     if stage.op is not None:
         return ["R" if factor is None else graph.factors.names[factor] for factor in strategy.factors]
-    storage, layouts = (stage.results[0], strategy.results) if stage.results else (None, ())
-    names = graph.factors.factor_names(storage) if layouts else ()
-    return [show_placement(placement, names) for placement in (layouts[0] if layouts else ())]
+    if not stage.results:
+        return []
+    names = graph.factors.factor_names(stage.results[0])
+    return [show_placement(placement, names) for placement in strategy.results[0]]
 
 
 def _way(strategy: Strategy) -> tuple:
@@ -276,8 +277,7 @@ def _recomputed(problem: Problem, made: Sequence[dict[str, Any]]) -> Recomputed:
     found: set[int | Kept] = set()
     for entry in made:
         region = regions.get(entry["region"])
-        ends = None if region is None else [_stage_name(stages[region.stages[n]]) for n in (0, -1)]
-        if ends != list(entry["ops"]):
+        if region is None or [_stage_name(stages[region.stages[n]]) for n in (0, -1)] != list(entry["ops"]):
             raise _cannot(f"it recomputes {' to '.join(entry['ops'])}, which is no block that may be recomputed here")
         found.add(region.number)
         may = {(own.what, _stage_name(stages[own.stage]), *own.storage): own for own in problem.keeps.get(region.number, ())}

@@ -74,7 +74,7 @@ def compare(rank: int, ranks: int, sizes: Mapping[str, Any]) -> Comparison:
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
     model, (video,), kwargs = build(**{**SIZES, **sizes})
     video.requires_grad_()
-    options = {"dim_names": build.dim_names, "strategy": "dsp"}
+    options: dict[str, Any] = {"dim_names": getattr(build, "dim_names", None), "strategy": "dsp"}
     return compare_on_ranks(model, mesh, (video,), kwargs, inputs=[video], **options)
 
 

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from torch import nn
 
 from .capacity import find_capacity
-from .cost_models.hardware import Hardware
+from .cost_models.hardware import Hardware, as_hardware
 from .cost_models.state import TrainingState, as_state
 from .errors import ConstraintError, DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
 from .factory import build
@@ -238,17 +238,19 @@ def fit(
     GPUs, and DspError for what is wrong with the factory.
     """
     names = list(STRATEGIES if strategies is None else strategies)
-    _check(names, gpus, capacity, step)
+    _check(names, gpus, step)
     state = as_state(optimizer)
     stage = state.zero if zero is None else TrainingState(zero=zero, data_parallel=2).zero
     rest = {"reserve": reserve, "optimizer": state, "recompute": recompute, "time_limit": time_limit, **options}
     found = find_capacity(capacity, reserve)  # once: what is free changes
+    if found is None:
+        raise StrategyError(asked="fit", found="there is no capacity to fit in", remedy='give one: capacity="80GB"')
+    profile = as_hardware(hardware)
     chosen = {
-        name: replace(Options.of(capacity, hardware, strategy=name, **rest), capacity=found)
+        name: replace(Options.of(capacity, profile, strategy=name, **rest), capacity=found)
         for name in PRESETS
         if name in names
     }
-    profile = next(iter(chosen.values())).hardware
     if profile.measured is not None:
         raise StrategyError(
             asked=f"fit with the hardware {profile.name!r}",
@@ -257,7 +259,8 @@ def fit(
         )
     now = None if sequence is None else _now(model, dict(arguments or {}), sequence)
     made = _programs(model, args, kwargs, dict(arguments or {}), sequence)
-    program, search = made(now), _Search(gpus, _sizes(gpus), chosen, replace(state, zero=0, data_parallel=1), stage)
+    own_state = replace(state, zero=0, data_parallel=1)
+    program, search = made(now), _Search(gpus, _sizes(gpus), chosen, own_state, stage, found.usable, profile)
     return Fit(
         gpus=gpus,
         capacity_bytes=found.usable,
@@ -271,19 +274,24 @@ def fit(
         step=step,
         longest=()
         if now is None
-        else find_longest(made, now, step, search.sizes, chosen, lambda name, ranks: search.options(name, ranks, recompute)),
+        else find_longest(
+            made, now, step, search.sizes, chosen, lambda name, n: search.options(name, n, recompute), search.usable
+        ),
     )
 
 
 @dataclass(frozen=True)
 class _Search:
-    """What sizes are tried with. state: of a parameter without replicas; zero: the stage of ZeRO over them."""
+    """What sizes are tried with. state: of a parameter without replicas; zero: the stage of ZeRO over them. usable: bytes of a
+    GPU that a plan may use."""
 
     gpus: int
     sizes: tuple[int, ...]
     chosen: Mapping[str, Options]
     state: TrainingState
     zero: int
+    usable: int
+    hardware: Hardware
 
     def options(self, name: str, ranks: int, recompute: bool | None) -> Options:
         replicas = self.gpus // ranks
@@ -304,7 +312,8 @@ class _Search:
                 prepared = prepare(program, as_mesh(ranks), self.options(name, ranks, recompute))
                 splits[recompute] = self._split(prepared, decide(prepared), ranks)
             except InfeasibleError as error:
-                least[recompute] = (ranks, error.least_bytes)
+                if error.least_bytes is not None:
+                    least[recompute] = (ranks, error.least_bytes)
                 failed.append((ranks, error))
             except (ConstraintError, MeshError, NoShardableFactorError) as error:
                 failed.append((ranks, error))
@@ -316,7 +325,7 @@ class _Search:
                 continue
             before, needed = least.get(recompute, (1, 0))
             # On more ranks a device needs its even share at least: one device can do the work of several.
-            if needed * before > MARGIN * self.chosen[name].usable * ranks:
+            if needed * before > MARGIN * self.usable * ranks:
                 passed += [ranks] if recompute == may[-1] else []
             else:
                 attempt(ranks, recompute)
@@ -332,20 +341,19 @@ class _Search:
 
     def _split(self, prepared: Prepared, solution: Solution, ranks: int) -> Split:
         plan, graph = finish(prepared, solution)
-        hardware, replicas = prepared.options.hardware, self.gpus // ranks
         return Split(
             sequence_parallel=ranks,
-            data_parallel=replicas,
+            data_parallel=self.gpus // ranks,
             peak_bytes=plan.memory["peak_bytes"],
             peak_at=plan.memory["peak_at"],
             recomputed=sum(entry["by"] == "plan" for entry in plan.recomputed),
             wire_bytes=plan.communication["forward_bytes"] + plan.communication["backward_bytes"],
-            step_seconds=trace_rank(prepared, solution, graph).on(hardware).seconds,
-            sync_seconds=self._sync_seconds(prepared, solution, hardware, ranks),
+            step_seconds=trace_rank(prepared, solution, graph).on(self.hardware).seconds,
+            sync_seconds=self._sync_seconds(prepared, solution, ranks),
             gap=plan.solver["gap"],
         )
 
-    def _sync_seconds(self, prepared: Prepared, solution: Solution, hardware: Hardware, ranks: int) -> float:
+    def _sync_seconds(self, prepared: Prepared, solution: Solution, ranks: int) -> float:
         """All-reduce of the gradients that a device holds; with ZeRO-1 and 2 a reduce-scatter, and an all-gather of what the
         optimizer made of the parameters; with ZeRO-3 one for the forward and one for the backward."""
         replicas, problem = self.gpus // ranks, prepared.problem(solution.space)
@@ -363,14 +371,12 @@ class _Search:
             sent = [("reduce_scatter", trained), ("all_gather", trained)]
         else:
             sent = [("reduce_scatter", trained), *[("all_gather", everything)] * 2]
-        links = hardware.on({"dp": replicas, "sp": ranks})
+        links = self.hardware.on({"dp": replicas, "sp": ranks})
         return sum(links.collective_seconds(kind, nbytes * share, [("dp", replicas)]) for kind, nbytes in sent)
 
-def _check(names: Sequence[str], gpus: Any, capacity: Any, step: Any) -> None:
+def _check(names: Sequence[str], gpus: Any, step: Any) -> None:
     if not names:
         raise StrategyError(asked="fit no strategies", found="an empty list", remedy=f"name some of {', '.join(PRESETS)}")
-    if capacity is None:
-        raise StrategyError(asked="fit", found="there is no capacity to fit in", remedy='give one: capacity="80GB"')
     for name in names:
         check_preset(name)
     for what, value in (("gpus", gpus), ("step", step)):
@@ -396,7 +402,7 @@ def _programs(
     def made(value: int | None) -> Program:
         if isinstance(model, nn.Module):
             return capture(model, args, kwargs)
-        given = arguments if value is None else {**arguments, sequence: value}
+        given = arguments if sequence is None or value is None else {**arguments, sequence: value}
         return capture(*build(model, getattr(model, "__name__", repr(model)), given))
 
     return made

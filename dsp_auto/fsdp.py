@@ -44,16 +44,15 @@ def managed(
             continue
         for group in _groups(module):
             for own in group.fsdp_params:
-                info, wanted = own._module_info, own.mp_policy.param_dtype
-                cast = wanted is not None and own.sharded_param.is_floating_point()
+                info, dtype = own._module_info, own.sharded_param.dtype
+                if own.mp_policy.param_dtype is not None and own.sharded_param.is_floating_point():
+                    dtype = own.mp_policy.param_dtype
                 registered = [
                     (info.module, info.param_name),
                     *zip(info.shared_modules, info.shared_param_names, strict=True),
                 ]
                 owners = tuple((instead.get(id(owner), owner), name) for owner, name in registered)
-                one = Managed(
-                    own.sharded_param, wanted if cast else own.sharded_param.dtype, owners, bool(own.is_dtensor)
-                )
+                one = Managed(own.sharded_param, dtype, owners, bool(own.is_dtensor))
                 found.update({(id(owner), name): one for owner, name in owners})
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,9 +70,9 @@ def _group(ranks: tuple[int, ...], timeout: timedelta) -> Any:
         return world
     if key not in _made or _made[key][0] is not world:
         _even_out(ranks, timeout)
-        order = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
         # Named after its ranks, so that ranks outside of it need not take part.
-        _made[key] = (world, dist.new_group(list(ranks), timeout, use_local_synchronization=True, **order))
+        make = partial(dist.new_group, list(ranks), timeout, use_local_synchronization=True)
+        _made[key] = (world, make() if list(ranks) == sorted(ranks) else make(sort_ranks=False))
     return _made[key][1]
 
 

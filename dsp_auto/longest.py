@@ -57,11 +57,12 @@ def find_longest(
     sizes: Sequence[int],
     strategies: Iterable[str],
     options: Callable[[str, int], Options],
+    usable: int,
 ) -> tuple[Longest, ...]:
     """The longest sequences, for every size and strategy.
 
     made: the program of a length. now: the length to begin with. step: what lengths are multiples of. sizes: numbers of ranks.
-    options: what a strategy is planned with on so many; with a capacity.
+    options: what a strategy is planned with on so many. usable: bytes of a device that a plan may use.
     """
     found: list[Longest] = []
     last: dict[str, tuple[int, int]] = {}
@@ -69,8 +70,8 @@ def find_longest(
         own = options(name, ranks)
         before, value = last.get(name, (ranks, now))
         known: dict[int, _Probe] = {}
-        for length in _lengths(known, value * ranks // before, own.usable, step):
-            known[length] = _probe(made, length, ranks, own)
+        for length in _lengths(known, value * ranks // before, usable, step):
+            known[length] = _probe(made, length, ranks, own, usable)
         value = max((length for length, probe in known.items() if probe.fits), default=None)
         fails = min((length for length, probe in known.items() if probe.fails and length > (value or 0)), default=None)
         short = [probe.refused for probe in known.values() if probe.is_short]
@@ -81,14 +82,14 @@ def find_longest(
     return tuple(found)
 
 
-def _probe(made: Callable[[int], Program], length: int, ranks: int, options: Options) -> _Probe:
+def _probe(made: Callable[[int], Program], length: int, ranks: int, options: Options, usable: int) -> _Probe:
     try:
         prepared = prepare(made(length), as_mesh(ranks), options)
         least = least_bytes(prepared)
-        if options.usable < least <= NEAR * options.usable:
+        if usable < least <= NEAR * usable:
             decide(prepared)
             return _Probe(True, least)
-        return _Probe(least <= options.usable, least)
+        return _Probe(least <= usable, least)
     except InfeasibleError as error:
         return _Probe(False, error.least_bytes)
     except DspError as error:
@@ -109,10 +110,10 @@ def _lengths(known: Mapping[int, _Probe], first: int, usable: int, step: int) ->
         value = int(min(_reaches(known, usable), FURTHEST * max(known)) // step) * step
         if not low < value < high:
             # The line ends at what is known already: on from there, faster and faster.
-            value = low + (step << strides) if value <= low else high - (step << strides)
+            value = low + (step << strides) if value <= low else int(high) - (step << strides)
             strides += 1
         if high < math.inf and (count % 2 and count > FEW or not low < value < high):  # a staircase more than a line
-            value = (low + high) // 2 // step * step
+            value = (low + int(high)) // 2 // step * step
 
 
 def _reaches(known: Mapping[int, _Probe], usable: int) -> float:

@@ -44,7 +44,9 @@ class Mesh:
 
     def split(self, parts: Sequence[Sequence[int]]) -> Mesh:
         """The same devices with each dim split into `parts`, outermost first: `Mesh(("sp",), (8,)).split([(4, 2)])`."""
-        names, sizes, part_of = [], [], []
+        names: list[str] = []
+        sizes: list[int] = []
+        part_of: list[str] = []
         for name, size, own in zip(self.names, self.sizes, parts, strict=True):
             if math.prod(own) != size:
                 raise MeshError(f"mesh dim {name} of {size} ranks is not {' x '.join(map(str, own))}")

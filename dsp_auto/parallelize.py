@@ -240,7 +240,8 @@ class ParallelModule(nn.Module):
         # A method, because what wraps a module's forward may take it for one.
         taken = inspect.signature(model.forward)
         bound = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        forward.__signature__ = taken.replace(parameters=[bound, *taken.parameters.values()])
+        made = taken.replace(parameters=[bound, *taken.parameters.values()])
+        forward.__signature__ = made  # type: ignore[attr-defined]  # what `inspect` looks for
         self.__dict__["forward"] = MethodType(forward, self)
 
     def __getattr__(self, name: str) -> Any:
@@ -509,7 +510,7 @@ class ParallelModule(nn.Module):
                 continue
             within = [_innermost(path, sharding) for owner, _ in one.owners for path in paths[id(owner)]]
             if None not in within:
-                homes[node.name] = Home(entry.name, frozenset(within))
+                homes[node.name] = Home(entry.name, frozenset(path for path in within if path is not None))
         module, taken = cut(
             prepared.graph, program.module, prepared.sources, entered, homes, state.hooks.running
         )
@@ -632,7 +633,7 @@ class ParallelModule(nn.Module):
 
 def _given_plans(plan: Plan | str | PathLike | Sequence[Any], mesh: Mesh) -> tuple[Options, tuple[Plan, ...]]:
     """Plans that a user gave, and what all of them were made with as far as it matters before a call."""
-    listed = list(plan) if isinstance(plan, (list, tuple)) else [plan]
+    listed: list[Any] = list(plan) if isinstance(plan, (list, tuple)) else [plan]
     plans = tuple(own if isinstance(own, Plan) else Plan.load(own) for own in listed)
     if not plans:
         raise PlanError(asked="parallelize with a plan", found="an empty list", remedy="give a plan, or leave it out")

@@ -38,7 +38,7 @@ from .passes.check_gradients import unchanged
 from .passes.factors import Factors, Value
 from .passes.stages import StageGraph, dim_of
 
-Placements = tuple[Placement, ...]  # one for each dim of the user's mesh
+Placements = tuple[Placement, ...]  # one for each dim of the user's mesh: Replicate, Shard or _StridedShard
 
 
 # --- between the planner's layouts and placements
@@ -57,6 +57,11 @@ def placements_of(layout: planned.Layout, value: Value, sizes: Mapping[int, int]
     return tuple(found)
 
 
+def _dim_and_runs(placement: Any) -> tuple[int, int]:
+    """The dim that a Shard or a _StridedShard cuts, and how many runs of it are cut each by itself."""
+    return placement.dim, getattr(placement, "split_factor", 1)
+
+
 def layout_of(placements: Placements, value: Value, sizes: Mapping[int, int], mesh: Mesh) -> planned.Layout | None:
     """The layout over the user's `mesh` that placements are; None where the program sees the tensor in such a way, `(6 C) K`
     for `(3 H D) C`, that they are none."""
@@ -66,7 +71,7 @@ def layout_of(placements: Placements, value: Value, sizes: Mapping[int, int], me
             found.append(planned.R)
             continue
         ranks = math.prod(size for size, own in zip(mesh.sizes, placements, strict=True) if own == placement)
-        wanted = (placement.dim, getattr(placement, "split_factor", 1))
+        wanted = _dim_and_runs(placement)
         places = [
             place
             for place, factor in enumerate(value.factors)
@@ -198,10 +203,10 @@ def _cut_parameter(old: nn.Parameter, mesh: DeviceMesh, placements: Placements) 
 def cut(whole: Tensor, mesh: DeviceMesh, placements: Placements) -> DTensor:
     """The DTensor of a tensor that every rank has, cut into equal parts: keeps a copy of this rank's part, or the tensor where
     that is all of it. Nothing is sent."""
-    part, at = whole, mesh.get_coordinate()
+    part, at = whole, mesh.get_coordinate() or (0,) * mesh.ndim
     for m, placement in enumerate(placements):
         if not isinstance(placement, Replicate):
-            dim, runs = placement.dim, getattr(placement, "split_factor", 1)
+            dim, runs = _dim_and_runs(placement)
             if part.shape[dim] % (runs * mesh.size(m)):
                 raise LayoutError(
                     asked=f"cannot cut a parameter of shape {list(whole.shape)} as {placements}",
@@ -237,7 +242,7 @@ def whole_value(value: DTensor, grad_placements: Placements | None = None) -> Te
     for dim in sorted(runs, reverse=True):
         part = part.unflatten(dim, (runs[dim], -1))
     moved = [
-        Shard(p.dim + sum(dim < p.dim for dim in runs) + isinstance(p, _StridedShard)) if not p.is_replicate() else p
+        Shard(p.dim + sum(dim < p.dim for dim in runs) + (p.dim in runs)) if isinstance(p, (Shard, _StridedShard)) else p
         for p in value.placements
     ]
     whole = DTensor.from_local(part, value.device_mesh, moved).full_tensor(grad_placements=grad_placements)
@@ -296,9 +301,10 @@ def _recut(value: DTensor, placements: Sequence[Placement]) -> DTensor:
 
 def _cut_like(value: Tensor, parameter: DTensor) -> DTensor:
     """A tensor of the parameter's shape, whole or cut in another way, as a DTensor cut like the parameter."""
-    if isinstance(value, DTensor) and value.device_mesh == parameter.device_mesh:
-        return _recut(value.detach(), parameter.placements)
-    whole = whole_value(value.detach()) if isinstance(value, DTensor) else value.detach()
+    given = value.detach()
+    if isinstance(given, DTensor) and given.device_mesh == parameter.device_mesh:
+        return _recut(given, parameter.placements)
+    whole = whole_value(given) if isinstance(given, DTensor) else given
     return cut(whole, parameter.device_mesh, parameter.placements)
 
 

@@ -206,7 +206,8 @@ class Plan:
             )
             for stage in data.pop("stages")
         )
-        lists = {name: tuple(data.pop(name)) for name in ("factors", "recomputed", "rules", "without_rule", "random")}
+        names = ("factors", "recomputed", "rules", "without_rule", "random")
+        lists: dict[str, Any] = {name: tuple(data.pop(name)) for name in names}
         return cls(stages=stages, **lists, **data)
 
     @property

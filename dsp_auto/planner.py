@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from os import PathLike
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class Options:
     def of(
         cls,
         capacity: int | str | None = None,
-        hardware: str | Hardware | None = None,
+        hardware: str | PathLike | Hardware | None = None,
         *,
         reserve: float | None = None,
         optimizer: str | TrainingState | None = "adam",
@@ -166,7 +167,14 @@ class Options:
     @property
     def usable(self) -> int | None:
         """Bytes of a device that a plan may use."""
-        return self.capacity and self.capacity.usable
+        return None if self.capacity is None else self.capacity.usable
+
+    @property
+    def known_strategy(self) -> str:
+        """The strategy of options that are settled."""
+        if self.strategy is None:
+            raise AssertionError("no strategy is settled")
+        return self.strategy
 
     def settled(self, factors: Factors, mesh: Mesh) -> Options:
         """With a strategy, where none was asked for."""
@@ -397,7 +405,7 @@ def _planned_with(prepared: Prepared, one: Constraint, seconds: float) -> tuple[
     if seconds <= 0:
         return None, "not worked out, because the time for it was up"
     options = replace(prepared.options, time_limit=min(seconds, prepared.options.time_limit))
-    if one.ops is None:
+    if one.ops is None and one.mesh_dim is not None:
         wanted = {**(options.constraints or {})}
         wanted[one.modules] = {**wanted.get(one.modules, {}), one.mesh_dim: one.factor}
         changed = replace(prepared, options=replace(options, constraints=wanted), made={})
@@ -442,7 +450,7 @@ def prepare(
     with _no_garbage_collection():
         factors = factorize(program, options.dim_names, options.rng)
         options = options.settled(factors, mesh)
-        spaces = find_spaces(factors, mesh, options.strategy, options.shard_parameters)
+        spaces = find_spaces(factors, mesh, options.known_strategy, options.shard_parameters)
         # What is wrong with layouts is wrong in every space.
         _in_layouts(program, factors, mesh, options.in_layouts or {})
         _out_layouts(program, factors, mesh, options.out_layouts)
@@ -459,8 +467,10 @@ def prepare_given(program: Program, mesh: Mesh, plan: Plan) -> tuple[Prepared, S
 
 def decide(prepared: Prepared) -> Solution:
     """stages and solve: the best plan of all spaces."""
-    options, failed = prepared.options, []
+    options = prepared.options
     found: dict[int, Solution] = {}
+    failed: list[InfeasibleError] = []
+    late: list[OutOfTimeError] = []
     started = time.perf_counter()
     asks = options.capacity is None and any(space.when == MEMORY for space in prepared.spaces)
 
@@ -476,8 +486,10 @@ def decide(prepared: Prepared) -> Solution:
                     seconds = max(min(left, limit), min(LEAST_SECONDS, options.time_limit))
                     solution = solve(problem, options.usable, gap=gap, time_limit=seconds, unbounded=asked)
                 found[number] = replace(solution, space=number)
-            except (InfeasibleError, OutOfTimeError) as error:
+            except InfeasibleError as error:
                 failed.append(error)
+            except OutOfTimeError as error:
+                late.append(error)
 
     others = any(space.when != ALWAYS for space in prepared.spaces)
     share = options.time_limit / 2 if others else math.inf
@@ -494,9 +506,9 @@ def decide(prepared: Prepared) -> Solution:
         # With a capacity only the union has all that the presets have.
         look(UNION, math.inf if options.capacity is not None else max(time.perf_counter() - started, LEAST_SECONDS))
     if not found:
-        if any(isinstance(error, OutOfTimeError) for error in failed):
+        if late:
             raise out_of_time(options.time_limit)
-        raise min(failed, key=lambda error: error.least_bytes)
+        raise min(failed, key=lambda error: math.inf if error.least_bytes is None else error.least_bytes)
     best = min(_frugal(prepared, found), key=lambda solution: solution.objective)
     return replace(best, seconds={"solve": time.perf_counter() - started})
 
@@ -545,7 +557,7 @@ def finish(
     problem = prepared.problem(solution.space)
     mesh = problem.graph.mesh
     with _no_garbage_collection():
-        buckets: tuple[Bucket, ...] = make_buckets(problem.graph, problem.reshardings(solution.choice))
+        buckets: tuple[Bucket, ...] = make_buckets(problem.graph, problem.known_reshardings(solution.choice))
         names = {mesh_dims: (groups or mesh.label)(mesh_dims) for mesh_dims in problem.lines(solution.choice)}
         stages = group_stages(problem, solution.choice)
         shown = {stage.index: number for number, own in enumerate(stages) for stage in own}
@@ -557,7 +569,8 @@ def finish(
         "rewrite": time.perf_counter() - started,
     }
     with _no_garbage_collection():
-        found = summarize(problem, solution, buckets, stages, prepared.options.strategy, prepared.options.capacity, seconds)
+        options = prepared.options
+        found = summarize(problem, solution, buckets, stages, options.known_strategy, options.capacity, seconds)
         return replace(found, decision=record(prepared, solution)), graph
 
 
@@ -576,9 +589,9 @@ def _no_garbage_collection() -> Iterator[None]:
 def _compute_seconds(program: Program, graph: StageGraph, options: Options) -> Callable[[int, int, bool], float] | None:
     """Roofline seconds of a stage under one of its strategies, for the objective "time"; of its forward alone where it runs
     again."""
-    if options.objective != "time":
-        return None
     hardware = _hardware(options, graph.mesh)
+    if options.objective != "time" or hardware is None:
+        return None
     launched: dict[int, tuple[tuple[Launch, ...], ...]] = {}
 
     def seconds(stage: int, strategy: int, again: bool) -> float:
@@ -598,7 +611,7 @@ def _compute_seconds(program: Program, graph: StageGraph, options: Options) -> C
 
 def _hardware(options: Options, mesh: Mesh) -> Hardware | None:
     """The profile, with the links of this mesh."""
-    return options.hardware and options.hardware.on(dict(zip(mesh.names, mesh.sizes, strict=True)))
+    return None if options.hardware is None else options.hardware.on(dict(zip(mesh.names, mesh.sizes, strict=True)))
 
 
 def _in_layouts(program: Program, factors: Factors, mesh: Mesh, specs: Mapping[str, LayoutSpec]) -> dict[str, Layout]:

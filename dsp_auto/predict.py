@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .cost_models.compute import Launch, RecordLaunches
-from .cost_models.hardware import KINDS, Hardware
+from .cost_models.hardware import KINDS, Hardware, as_hardware
 from .measure import CountCollectives
 from .mesh import as_mesh
 from .passes.capture import Program, capture
@@ -85,7 +85,8 @@ class Trace:
             for event in events:
                 factor = wait if isinstance(event, Launch) else 1.0
                 by_kind[event.kind] = by_kind.get(event.kind, 0.0) + factor * event.seconds(hardware)
-        return Prediction(*ways, computation, communication, hidden, by_kind)
+        forward, backward = ways
+        return Prediction(forward, backward, computation, communication, hidden, by_kind)
 
 
 def predict(
@@ -103,8 +104,9 @@ def predict(
 
     options, and what it raises: as `dsp_auto.plan`.
     """
-    chosen = Options.of(hardware=hardware, **options)
-    return trace_plan(prepare(capture(model, args, kwargs), as_mesh(mesh), chosen), rank).on(chosen.hardware)
+    profile = as_hardware(hardware)
+    chosen = Options.of(hardware=profile, **options)
+    return trace_plan(prepare(capture(model, args, kwargs), as_mesh(mesh), chosen), rank).on(profile)
 
 
 def trace_plan(prepared: Prepared, rank: int = 0) -> Trace:
@@ -151,26 +153,28 @@ def trace(
         with CountCollectives() as counter, _Record(counter, known) as backward:
             if made:
                 torch.autograd.grad(made, wanted, gradients, allow_unused=True)
-    return Trace(tuple(forward.launches), tuple(backward.launches), mesh)
+    return Trace(tuple(forward.events), tuple(backward.events), mesh)
 
 
 class _Record(RecordLaunches):
-    """Kernels and, of what `counter` counts, collectives."""
+    """Kernels and, of what `counter` counts, collectives, in order: `events`."""
 
     def __init__(self, counter: CountCollectives, dims: Mapping[str, Dims]) -> None:
         super().__init__()
         self.counter, self.dims = counter, dims
+        self.events: list[Launch | Issued] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        before = self.counter.total_bytes
+        before, known = self.counter.total_bytes, len(self.launches)
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.events += self.launches[known:]
         name = func._schema.name.split("::")[1]
         if func.namespace == "_c10d_functional" and name != "wait_tensor":
             given = {a.name: value for a, value in zip(func._schema.arguments, args)} | (kwargs or {})
             kind = next(kind for kind in KINDS if name.startswith(kind))
             if kind == "all_to_all" and _sparse(given["input_split_sizes"]):
                 kind = "send"
-            self.launches.append(Issued(kind, self.counter.total_bytes - before, tuple(self.dims[given["group_name"]])))
+            self.events.append(Issued(kind, self.counter.total_bytes - before, tuple(self.dims[given["group_name"]])))
         return result
 
 

@@ -314,7 +314,9 @@ class _Switch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _apply_switch(grad, *ctx.back, ctx.at.backward()), None, None, None, None, None
+        gather_dim, gathered, scatter_dim, scattered = ctx.back
+        back = _apply_switch(grad, gather_dim, gathered, scatter_dim, scattered, ctx.at.backward())
+        return back, None, None, None, None, None
 
 
 class _Split(torch.autograd.Function):
@@ -388,20 +390,21 @@ class _Replicate(torch.autograd.Function):
         # A member that nobody used gets no gradient, as on one device: zeros would make optimizers decay it. That holds
         # where all ranks use the same members. Where their losses may differ, `materialize` makes zeros of what is
         # missing, so that every rank brings the same elements.
-        alike: dict[tuple, list[int]] = defaultdict(list)
+        alike: dict[tuple, list[tuple[int, Tensor]]] = defaultdict(list)
         for i, grad in enumerate(grads):
             if grad is not None:
-                alike[grad.dtype, grad.device].append(i)
+                alike[grad.dtype, grad.device].append((i, grad))
         at, summed = ctx.at.backward(), list(grads)
         for members in alike.values():
             if len(members) == 1:
-                summed[members[0]] = _apply_reduce(grads[members[0]], False, at)
+                ((i, grad),) = members
+                summed[i] = _apply_reduce(grad, False, at)
                 continue
-            flat = torch.cat([grads[i].reshape(-1) for i in members])
+            flat = torch.cat([grad.reshape(-1) for _, grad in members])
             flat = _apply_reduce(flat, False, at) if _wants_grad(flat) else _run_all_reduce(flat, at, owned=True)
-            pieces = flat.split([grads[i].numel() for i in members])
-            for i, piece in zip(members, pieces):
-                summed[i] = piece.view(grads[i].shape)
+            pieces = flat.split([grad.numel() for _, grad in members])
+            for (i, grad), piece in zip(members, pieces):
+                summed[i] = piece.view(grad.shape)
         return None, None, *summed
 
 
@@ -643,8 +646,9 @@ class _told:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # Out of memory, what is an error of dsp_auto already, and what a compiler says are no failure of another rank.
-        others = isinstance(error, RuntimeError) and not isinstance(error, (DspError, torch.OutOfMemoryError))
-        if others and type(self.tensor) is Tensor:
+        if not isinstance(error, RuntimeError) or isinstance(error, (DspError, torch.OutOfMemoryError)):
+            return
+        if type(self.tensor) is Tensor:
             at, shown = self.at, show_tensor(self.tensor.dtype, self.tensor.shape)
             asked = f"{at.primitive} in the {at.direction}, rank {at.rank} of {at.ranks}, {shown}"
             raise failed(at.group, asked, at.where, error) from error

@@ -29,7 +29,12 @@ _log = logging.getLogger("dsp_auto")
 def step(what: str) -> Iterator[None]:
     """Around what may take long: `with step("capture of Transformer2D")`."""
     said = threading.Event()
-    timer = threading.Timer(DELAY, lambda: (said.set(), _say(f"{what} …")))
+
+    def begin() -> None:
+        said.set()
+        _say(f"{what} …")
+
+    timer = threading.Timer(DELAY, begin)
     timer.daemon = True
     if _is_watched():
         timer.start()

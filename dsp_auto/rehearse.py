@@ -259,7 +259,9 @@ class Parts:
         inputs = tuple((value, made(value)) if value in graph.storages else None for value in sources)
         uses = iter(graph.stages[-1].uses)
         outputs = [value_id(out) if isinstance(out, fx.Node) else None for out in program.graph.output_node().args[0]]
-        results = tuple((out, next(uses).wanted[0]) if out in graph.views else None for out in outputs)
+        results = tuple(
+            (out, next(uses).wanted[0]) if out is not None and out in graph.views else None for out in outputs
+        )
         return cls(graph, inputs, results)
 
     def of_inputs(self, values: Sequence[Any], coordinate: Sequence[int]) -> list[Any]:
@@ -271,15 +273,18 @@ class Parts:
     @torch.no_grad()
     def part(self, whole: Any, at: tuple[ValueId, Layout] | None, coordinate: Sequence[int]) -> Any:
         """The part of `whole` at `coordinate` of the mesh; the layout names places of the storage that it is a view of."""
-        sharded = set() if at is None else {p.place for p in at[1] if isinstance(p, Shard)}
-        if whole is None or not sharded:
+        if whole is None or at is None:
             return whole
-        places, entry = self.graph.views[at[0]][1], self.graph.factors.values[at[0]]
+        value, layout = at
+        sharded = {p.place for p in layout if isinstance(p, Shard)}
+        if not sharded:
+            return whole
+        places, entry = self.graph.views[value][1], self.graph.factors.values[value]
         sizes = [self.graph.factors.sizes[factor] for factor in entry.factors]
         found = whole.reshape(sizes)
         for position, place in enumerate(places):
             if place in sharded:
-                mesh_dims = cutters(at[1], place)
+                mesh_dims = cutters(layout, place)
                 lengths = self.graph.lengths(entry.factors[position], mesh_dims)
                 rank = self.graph.line(mesh_dims, coordinate)
                 found = found.narrow(position, sum(lengths[:rank]), lengths[rank])
@@ -295,7 +300,14 @@ def _names(program: Program) -> tuple[list[str], list[str]]:
     return [*changed, *(f"output {n}" for n in range(count))], inputs
 
 
-def _outcome(result_names, input_names, results, gradients, wanted, sent) -> Outcome:
+def _outcome(
+    result_names: Sequence[str],
+    input_names: Sequence[str],
+    results: Sequence[Any],
+    gradients: Sequence[Any],
+    wanted: Sequence[bool],
+    sent: Mapping[tuple[str, str], tuple[int, float]],
+) -> Outcome:
     graded = {name: grad for name, grad, asked in zip(input_names, gradients, wanted) if asked}
     return Outcome(dict(zip(result_names, results, strict=True)), graded, sent)
 

@@ -161,6 +161,7 @@ def report_program(
             mesh,
             name,
             replace(chosen, strategy=name, hardware=hardware),
+            hardware,
             prepared,
             own,
             (started + seconds - time.perf_counter()) / (len(names) - number),
@@ -213,7 +214,14 @@ def _checked(strategies: Sequence[str] | None, seconds: float) -> list[str]:
 
 
 def _candidate(
-    program: Program, mesh: Mesh, name: str, options: Options, prepared: Prepared, own: Candidate, seconds: float
+    program: Program,
+    mesh: Mesh,
+    name: str,
+    options: Options,
+    hardware: Hardware,
+    prepared: Prepared,
+    own: Candidate,
+    seconds: float,
 ) -> Candidate:
     """The strategy `name`, solved in so many seconds; the report's own plan, where it was made with the same options."""
     planned_for = options.hardware if options.objective == "time" else prepared.options.hardware
@@ -221,7 +229,8 @@ def _candidate(
         return own
     try:
         if seconds > 0:
-            return find_candidate(program, mesh, name, replace(options, time_limit=min(seconds, options.time_limit)))
+            limited = replace(options, time_limit=min(seconds, options.time_limit))
+            return find_candidate(program, mesh, name, limited, hardware)
     except OutOfTimeError:
         pass
     return Candidate(name, error=OutOfTimeError.__name__, reason="not planned, because the time for this page was up")

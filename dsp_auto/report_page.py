@@ -252,13 +252,14 @@ def _strategies(report: Report) -> dict[str, Any] | None:
     if report.comparison is None:
         return None
     candidates = list(report.comparison.candidates)
-    if all(one is not report.own for one in candidates):
+    if report.own is not None and all(one is not report.own for one in candidates):
         candidates.append(report.own)
     rows = []
     for one in candidates:
         if one.plan is None:
             continue
-        sent = one.plan.communication
+        plan, prediction, _ = one.found
+        sent = plan.communication
         rows.append(
             {
                 "name": one.strategy,
@@ -266,9 +267,9 @@ def _strategies(report: Report) -> dict[str, Any] | None:
                 "forward": sent["forward_bytes"],
                 "backward": sent["backward_bytes"],
                 "total": sent["forward_bytes"] + sent["backward_bytes"],
-                "peak": one.plan.memory["peak_bytes"],
-                "seconds": one.prediction.seconds,
-                "gap": one.plan.solver["gap"],
+                "peak": plan.memory["peak_bytes"],
+                "seconds": prediction.seconds,
+                "gap": plan.solver["gap"],
             }
         )
     rows.sort(key=lambda row: (row["total"], not row["is_plan"]))

@@ -351,7 +351,9 @@ def _run_ring_back(
     deals = [(of_q, schedule.queries), (of_k, schedule.keys), (of_v, schedule.keys)]
     kept = [([x.to(grad.dtype) for x in xs], deal) for (xs, deal), want in zip(deals, wanted) if want]
     home = iter(_bring_home([xs for xs, _ in kept], [deal for _, deal in kept], at) if kept else [])
-    of_mask = None if mask_grad is None else _undo_mask_four_dims(mask_grad, mask.shape, how).to(mask.dtype)
+    of_mask = None
+    if mask is not None and mask_grad is not None:
+        of_mask = _undo_mask_four_dims(mask_grad, mask.shape, how).to(mask.dtype)
     return *(next(home) if want else None for want in wanted[:3]), of_mask
 
 
@@ -365,7 +367,8 @@ def _round(
     here = dict(enumerate(zip(k_chunks, v_chunks)))
     templates = k_chunks[0], v_chunks[0]
     for hop in range(schedule.hops + 1):
-        origin, arriving = (at.rank - hop) % at.ranks, dict
+        origin = (at.rank - hop) % at.ranks
+        arriving: Callable[[], list[Tensor]] = list
         if hop < schedule.hops:
             going = [x for i in schedule.coming((at.rank + 1) % at.ranks, hop + 1) for x in here[i]]
             coming = schedule.coming(at.rank, hop + 1)

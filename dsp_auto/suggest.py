@@ -31,6 +31,8 @@ def what_would_fit(program: Program, mesh: Mesh, options: Options, seconds: floa
     """
     ends, usable = time.perf_counter() + seconds, options.usable
     found: list[str] = []
+    if usable is None:
+        return found
 
     def least(changed: Options, over: Mesh = mesh) -> int | None:
         left = ends - time.perf_counter()
@@ -108,6 +110,8 @@ def least_bytes(prepared: Prepared) -> int:
     try:
         return decide(replace(prepared, options=nothing)).peak_bytes
     except InfeasibleError as error:
+        if error.least_bytes is None:
+            raise
         return error.least_bytes
 
 

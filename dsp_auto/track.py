@@ -188,8 +188,12 @@ class _Memory(TorchDispatchMode):
 
     def found(self) -> Tracked:
         self.enter("", "")
-        tops = {phase: max((m.high for m in self.curve if m.phase == phase), default=0) for phase in (FORWARD, BACKWARD, STEP)}
-        return Tracked(self.peak, self.bytes[BASE], *tops.values(), self.at_peak, tuple(self.curve))
+
+        def top(phase: str) -> int:
+            return max((m.high for m in self.curve if m.phase == phase), default=0)
+
+        tops = {"forward_peak": top(FORWARD), "backward_peak": top(BACKWARD), "step_peak": top(STEP)}
+        return Tracked(self.peak, self.bytes[BASE], at_peak=self.at_peak, curve=tuple(self.curve), **tops)
 
     def _forget(self, key: int) -> None:
         own = self.storages.pop(key)
@@ -297,7 +301,8 @@ class _Program(fx.Interpreter):
         try:
             return super().run(*args, **kwargs)
         finally:
-            self.env, self.args_iter = {}, iter(())  # which hold arguments and results
+            self.env: dict[fx.Node, Any] = {}  # which holds arguments and results, as `args_iter` does
+            self.args_iter = iter(())
 
     def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
         value = self.attributes[target]
@@ -328,10 +333,11 @@ class _Program(fx.Interpreter):
 
         while waiting:
             step = waiting.pop()
+            metadata: Any = step.metadata  # a dict, which torch's hints take for a method
             # What only keeps a gradient may be handed one that nobody else holds, which a hook would.
-            if _LABEL in step.metadata or step.name().endswith("AccumulateGrad"):
+            if _LABEL in metadata or step.name().endswith("AccumulateGrad"):
                 continue
-            step.metadata[_LABEL] = where
+            metadata[_LABEL] = where
             step.register_prehook(begins)
             step.register_hook(ends)
             waiting += [other for other, _ in step.next_functions if other is not None]

@@ -20,7 +20,7 @@ from .errors import DspError, first_lines
 from .passes.layout import Layout, Partial, R, Shard, V, show_placement
 from .passes.nodes import ValueId, value_id
 from .passes.problem import Problem
-from .passes.stages import OP, Stage
+from .passes.stages import Stage
 from .rehearse import Rehearsed, Run, cotangents_of
 from .units import show_tensor
 from .verify import deviation
@@ -282,8 +282,12 @@ def _difference(
     graph, k = problem.graph, rehearsed.solution.choice[stage.index]
     inputs = tuple(_show(problem, use.storage, use.wanted[k]) for use in stage.uses)
     result = ", ".join(_show(problem, own, layout) for own, layout in zip(stage.results, stage.made[k])) or "an output"
-    op = str(stage.op.node.target) if stage.kind == OP else f"the {graph.storages[stage.results[0]].kind} {stage.name}"
-    module = stage.path or (stage.op.name if stage.op is not None else stage.name)
+    if stage.op is not None:
+        op, module = str(stage.op.node.target), stage.path or stage.op.name
+    elif stage.results:
+        op, module = f"the {graph.storages[stage.results[0]].kind} {stage.name}", stage.name
+    else:  # what leads to an output, after the last stage that makes something
+        op, module = "the output", stage.name
     return Difference(stage.index, module, op, way, ranks, far, limit, inputs, result, found)
 
 

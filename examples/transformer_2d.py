@@ -76,4 +76,5 @@ def build(layers=2, hidden=64, heads=4, frames=8, tokens=16, batch=1, in_channel
         torch.set_default_dtype(before)
 
 
-build.dim_names = {"video": "B T S C_in"}  # for people; `dsp-auto explain` reads it
+# For people; `dsp-auto explain` reads it. (Type checkers know no attributes of functions.)
+build.dim_names = {"video": "B T S C_in"}  # type: ignore[attr-defined]

@@ -252,9 +252,13 @@ def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
     told = logging.getLogger("torch.fx.experimental.symbolic_shapes")  # which has said all it has to say
     level = told.level
     told.setLevel(logging.ERROR)
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        stack.pop()
+
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(lambda m, a: stack.append(names.get(id(m), ""))),
-        nn.modules.module.register_module_forward_hook(lambda m, a, out: stack.pop() and None),
+        nn.modules.module.register_module_forward_hook(leave),
     ]
     try:
         torch.export.export(model, args, kwargs, strict=False)
@@ -308,7 +312,8 @@ def _inputs(exported: torch.export.ExportedProgram) -> tuple[GraphInput, ...]:
 
 
 def _with_same(inputs: tuple[GraphInput, ...], model: nn.Module, graph: fx.Graph) -> tuple[GraphInput, ...]:
-    held, chosen = _held(model), {}
+    held = _held(model)
+    chosen: dict[int, str] = {}
     tensors = [id(held[entry.name]) if entry.kind in ("parameter", "buffer") else None for entry in inputs]
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     # Export takes all uses from one of the names, not always the first.
@@ -345,7 +350,9 @@ def _mutated(exported: torch.export.ExportedProgram) -> tuple[tuple[str, str], .
     return tuple(found)
 
 
-def _grad_flags(model: nn.Module, inputs, args, kwargs, exported) -> list[bool]:
+def _grad_flags(
+    model: nn.Module, inputs: Sequence[GraphInput], args: tuple, kwargs: dict[str, Any], exported: torch.export.ExportedProgram
+) -> list[bool]:
     """Whether each placeholder of the graph requires grad, which buffers and constants may do as well."""
     if not torch.is_grad_enabled():
         return [False] * len(inputs)

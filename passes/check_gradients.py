@@ -25,8 +25,8 @@ from .checkpointing import marking
 def _graph_leaves(outputs: list[Any]) -> tuple[set[int], set[str]]:
     """Ids of the leaves that gradients reach from `outputs`, and the names of custom autograd functions on the way."""
     todo = [o.grad_fn for o in outputs if isinstance(o, torch.Tensor) and o.grad_fn is not None]
-    seen, leaves, custom = set(todo), set(), set()
-    leaves |= {id(o) for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad and o.grad_fn is None}
+    seen, custom = set(todo), set[str]()
+    leaves = {id(o) for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad and o.grad_fn is None}
     while todo:
         function = todo.pop()
         if hasattr(function, "variable"):
@@ -76,7 +76,8 @@ def on_fakes(model: nn.Module, fakes: dict[int, torch.Tensor]) -> Iterator[dict[
     names = {id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
     with unchanged(model):
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
+            both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in both:
                 for name, tensor in held.items():
                     if tensor is not None:
                         held[name] = fake_like(tensor, fakes)

@@ -108,7 +108,8 @@ def local_module(graph: fx.Graph, owner: torch.nn.Module) -> fx.GraphModule:
     """
     if not any("region" in node.meta for node in graph.nodes):
         return fx.GraphModule(owner, graph)
-    new, env = fx.Graph(), {}
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     attributes = {node.target: getattr(owner, node.target) for node in graph.nodes if node.op == "get_attr"}
     for number, run in itertools.groupby(_hoisted(graph), lambda node: node.meta.get("region")):
         nodes = list(run)

@@ -90,7 +90,7 @@ def _key(call: OpCall) -> str:
 def _fit(text: str, call: OpCall) -> OpRule | None:
     try:
         notation, kinds = read_rule(text)
-        return from_notation(notation, call, **kinds)
+        return from_notation(notation, call, whole=kinds["whole"], moved=kinds["moved"], reduces=kinds["reduces"])
     except RuleError as error:
         _log.warning("ignoring the rule kept for %s: %s", call.target, error)
         return None
@@ -270,7 +270,7 @@ class _Search:
 
     def _answer(self, places: tuple[Place, ...]) -> _Axis | None:
         """What results do where these dims get longer and shorter; None where the op does not take them longer."""
-        size, before = self.base[places[0]], self._shapes(self.base)
+        size, before = self.base[places[0]], self._shapes(self.base) or []
         prime, larger = itertools.islice((n for n in _primes(size + 1) if n not in self.base.values()), 2)
         shorter = (size - 2, size // 2) if size > 3 else (larger,)
         changed: list[tuple[int, list[Shape]]] = []

@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from .factors import Cut, Factors, Op
 from .layout import Layout, P, Placement, R, Shard, V, show_placement
@@ -150,15 +150,15 @@ def _choices(op: Op, grad: Canonical, space: Space, allowed: frozenset[int]) -> 
         summed = any(axis in op.rule.reduces or axis not in op.rule.combines for axis in axes)
         without = P if summed else R
 
-        def placed(places: list[dict[Cut, int]], n: int, otherwise: Placement, cut=cut) -> Placement:
+        def placed(places: list[dict[Cut, int]], otherwise: Placement, n: int, cut: tuple[Cut, ...] = cut) -> Placement:
             return next((Shard(places[n][own]) for own in cut if own in places[n]), otherwise)
 
         sharded.append(
             grad.choice(
                 cut,
                 op.factors(cut)[-1],
-                lambda n, placed=placed: placed(operand_places, n, V),
-                lambda n, placed=placed, without=without: placed(result_places, n, without),
+                partial(placed, operand_places, V),
+                partial(placed, result_places, without),
             )
         )
     over = {factor for axis in op.rule.computes_over for factor in op.axes[axis]}

@@ -62,6 +62,13 @@ class Op:
     def name(self) -> str:
         return self.node.name
 
+    @property
+    def known_rule(self) -> OpRule:
+        """The rule of an op that has one: one that is sharded, that is a view, or that communicates."""
+        if self.rule is None:
+            raise AssertionError(f"{self.name} ({self.node.target}) has no rule")
+        return self.rule
+
     @cached_property
     def path(self) -> str:
         return module_path(self.node)

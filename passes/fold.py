@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy
 
@@ -62,9 +62,13 @@ def _strategies(graph: StageGraph, stage: Stage) -> tuple:
     """What a stage may do; blocks have the same sequences, and each its own heads and hidden dims."""
     kinds = graph.factors.kinds
     return tuple(
-        (tuple(f if kinds.get(f) != "feature" else "feature" for f in own.factors), own.cuts, own.operands, own.results)
+        (tuple(_by_kind(f, kinds) for f in own.factors), own.cuts, own.operands, own.results)
         for own in stage.strategies
     )
+
+
+def _by_kind(factor: int | None, kinds: Mapping[int, str]) -> int | str | None:
+    return "feature" if factor is not None and kinds.get(factor) == "feature" else factor
 
 
 def _token(graph: StageGraph, stage: Stage, lists: dict[int, int]) -> tuple:

@@ -89,7 +89,7 @@ def find_kinds(program: Program, made: Factors) -> Kinds:
 
 def _axes(op: Op, derived: list[bool], of_weight: bool) -> set[str]:
     """The axes of the operands that are weights, or of the others."""
-    dims = [dims for dims, is_weight in zip(op.rule.inputs, derived, strict=True) if is_weight == of_weight]
+    dims = [dims for dims, is_weight in zip(op.known_rule.inputs, derived, strict=True) if is_weight == of_weight]
     return {axis for operand in dims for dim in operand for axis in dim}
 
 

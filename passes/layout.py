@@ -76,6 +76,13 @@ def _primitive(a: Placement, b: Placement) -> str | None:
     return "replicate" if a == R and b == V else None  # V -> R and R -> Partial: no plan gains by them
 
 
+def place_of(placement: Placement) -> int:
+    """The place of what is known to be a Shard: either end of a `switch`, what a `gather` starts from or a `split` makes."""
+    if not isinstance(placement, Shard):
+        raise AssertionError(f"{placement} has no place")
+    return placement.place
+
+
 def cutters(layout: Layout, place: int) -> tuple[int, ...]:
     """The mesh dims that cut a place, the outermost first: each cuts what those before it leave."""
     return tuple(m for m, placement in enumerate(layout) if placement == Shard(place))

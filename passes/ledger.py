@@ -94,7 +94,7 @@ class Ledger:
         if isinstance(term, (Internal, Extra)):
             region = self.of_region(term.region) if isinstance(term, Internal) else None
             back = isinstance(term, Extra) and term.back
-            kept = self.of_kept(term.kept) if isinstance(term, Internal) else None
+            kept = self.of_kept(term.kept) if isinstance(term, Internal) and term.kept is not None else None
             return (type(term), self.same[term.stage], term.nbytes, region, back, kept)
         if isinstance(term, Held):
             return (Held, self.groups[term.storage], term.what)
@@ -122,14 +122,12 @@ class Ledger:
                 self.of_region(holder.region),
                 self.of_region(holder.takes),
                 holder.only,
-                self.of_kept(holder.kept),
+                None if holder.kept is None else self.of_kept(holder.kept),
             )
         return key
 
-    def of_kept(self, kept: Kept | None) -> tuple | None:
+    def of_kept(self, kept: Kept) -> tuple:
         """The same for all that is kept together."""
-        if kept is None:
-            return None
         return kept if self.apart else (kept.what, self.same[kept.stage], self.groups[kept.storage])
 
     def of_region(self, region: int | None) -> int | None:

@@ -220,7 +220,7 @@ class _Lifetimes:
         self.kept_result = {kept.stage: kept for own in keeps.values() for kept in own if kept.what == RESULT}
         self.regions = {region.number: region for region in regions}
         self.region_of = {stage: region.number for region in regions for stage in region.stages}
-        self.footprints = {s.index: footprint(program, s.op) for s in graph.stages if s.kind == OP}
+        self.footprints = {s.index: footprint(program, s.op) for s in graph.stages if s.op is not None}
         self.buffers: dict[ValueId, _Buffer] = {}
         self.buffer_of: dict[tuple[int, int], ValueId] = {}  # (stage, operand) -> buffer
         self.lies_in: dict[ValueId, Reach] = {}  # of what is a view of its maker's operand
@@ -247,7 +247,7 @@ class _Lifetimes:
             flavor = ALIAS if self._is_parameter(storage.id) else MADE  # parameters are counted as such
             self.buffers[storage.id] = _Buffer(storage.id, flavor, storage.maker)
             own[storage.id] = storage.id
-        stages = {stage.op.name: stage for stage in graph.stages if stage.kind == OP}
+        stages = {stage.op.name: stage for stage in graph.stages if stage.op is not None}
         for op in graph.factors.ops:
             if op.is_view:
                 value, operand = op.results[0], op.operands[0]
@@ -296,7 +296,7 @@ class _Lifetimes:
         for key in self.buffers:
             by_address.setdefault(self._address(key), key)
         for stage in self.graph.stages[:-1]:
-            if stage.kind != OP:
+            if stage.op is None:
                 continue
             saved, region = self.program.saved.get(stage.op.name), self.region_of.get(stage.index)
             for address in {self._address(value) for value in saved.values} if saved is not None else ():
@@ -386,7 +386,9 @@ class _Lifetimes:
         held: who has saved it by then, where that is another stage.
         """
         buffer, slot = self.buffers[key], self._slot("kept", key)
-        now, before, after = [], [], []
+        now: list[Reach] = []
+        before: list[Reach] = []
+        after: list[Reach] = []
         for reach in buffer.reaches:
             if reach.stage == stage and running and operand is not None and reach.use.stage == stage:
                 # A view copies what is resharded once it is.
@@ -456,13 +458,13 @@ class _Lifetimes:
         for key in touched:
             self._put_buffer(key, index, None, True, last)
         momentary: list[Term] = []
-        if stage.kind == OP:
+        if stage.op is not None:
             if self.footprints[index].extra or self._communicates(stage):
                 momentary.append(Extra(index, self.footprints[index].extra))
-            self._put_internal(stage, running=True)
+            self._put_internal(stage, stage.op, running=True)
         yield self._point(stage, FORWARD, None, momentary)
-        if stage.kind == OP:
-            self._put_internal(stage)
+        if stage.op is not None:
+            self._put_internal(stage, stage.op)
         for key in touched:
             self._put_buffer(key, index, None, False, last)
         self._put_received(stage)
@@ -470,7 +472,9 @@ class _Lifetimes:
     def _put_received(self, stage: Stage) -> None:
         """What a region that is recomputed has received by now, and keeps."""
         region = self.region_of.get(stage.index)
-        for kept in self.keeps.get(region, ()) if self.again is None else ():
+        if region is None or self.again is not None:
+            return
+        for kept in self.keeps.get(region, ()):
             if kept.what == COPY and any(use.storage == kept.storage for use in stage.uses):
                 uses = [use for use in self.graph.uses[kept.storage] if self.region_of.get(use.stage) == region]
                 holders = tuple(self._keeping(use, kept) for use in uses if use.stage <= stage.index)
@@ -481,8 +485,8 @@ class _Lifetimes:
             self.keeping[use, kept] = Holder(self._direct(use), kept=kept)
         return self.keeping[use, kept]
 
-    def _put_internal(self, stage: Stage, running: bool = False) -> None:
-        saved = self.program.saved.get(stage.op.name) if self.graph.training else None
+    def _put_internal(self, stage: Stage, op: Op, running: bool = False) -> None:
+        saved = self.program.saved.get(op.name) if self.graph.training else None
         if saved is not None and (saved.internal_bytes or self._communicates(stage)):
             region = self.region_of.get(stage.index)
             self._put(
@@ -518,7 +522,7 @@ class _Lifetimes:
         """What each region takes from outside."""
         found: dict[int, list[ValueId]] = {number: [] for number in self.regions}
         for key, buffer in self.buffers.items():
-            for number in {holder.takes for holder in buffer.holders} - {None}:
+            for number in {holder.takes for holder in buffer.holders if holder.takes is not None}:
                 found[number].append(key)
         return found
 
@@ -527,7 +531,7 @@ class _Lifetimes:
         """What the stages of each region save."""
         found: dict[int, list[ValueId]] = {number: [] for number in self.regions}
         for key, buffer in self.buffers.items():
-            for number in {holder.region for holder in buffer.holders} - {None}:
+            for number in {holder.region for holder in buffer.holders if holder.region is not None}:
                 found[number].append(key)
         return found
 
@@ -677,6 +681,6 @@ class _Lifetimes:
             self._put(slot, Resharded(storage, self.shadows[storage][1]))
             return
         pending = [use for use in self.graph.uses.get(storage, ()) if use.grad and use.stage < stage]
-        reaches = [tuple(map(self._direct, uses)) for uses in (now, pending[-NEAREST:], given[-NEAREST:])]
+        here, before, after = (tuple(map(self._direct, uses)) for uses in (now, pending[-NEAREST:], given[-NEAREST:]))
         if now or given or made:
-            self._put(slot, Alive(storage, MADE, made, *reaches))
+            self._put(slot, Alive(storage, MADE, made, here, before, after))

@@ -44,7 +44,6 @@ from .lifetimes import (
     Buffers,
     Extra,
     Held,
-    Holder,
     Internal,
     Kept,
     Packed,
@@ -326,9 +325,9 @@ class Model:
                             with_grad[name] = expression
             depth = min((self._shared_depth(use) for uses in group.uses.values() for use in uses), default=0)
             for position, ((a, b), (everyone, with_grad)) in enumerate(wants.items()):
-                resharding = self.problem.resharding(storage, a, b, False)
+                resharding = self.problem.known_resharding(storage, a, b, False)
                 there = self.problem.weight(resharding.cost) + len(resharding.steps) * self._tie * (1 + depth / 100)
-                both = self.problem.weight(self.problem.resharding(storage, a, b, True).cost)
+                both = self.problem.weight(self.problem.known_resharding(storage, a, b, True).cost)
                 back = both - self.problem.weight(resharding.cost) if with_grad else 0.0
                 if everyone.keys() == with_grad.keys():
                     self._charge(f"y{group.number}_{position}", everyone, (there + back) * count)
@@ -354,7 +353,7 @@ class Model:
                         self._add(found, expression)
                 if found:
                     own.append(found)
-            if self.problem.is_inside(storage, region, source, target) and own:
+            if region is not None and own and self.problem.is_inside(storage, region, source, target):
                 bounds = []
                 for expression in own:
                     first = {**expression}
@@ -395,15 +394,15 @@ class Model:
         return {storage: group for group in self.groups for storage in group.storages}
 
     def _internal(self, term: Internal | Extra) -> _Term:
-        found, sizes = {}, {}
-        region = term.region if isinstance(term, Internal) else None
+        found: dict[int, Expression] = {}
+        sizes: dict[int, float] = {}
         for k, name in enumerate(self.x[self.same[term.stage]]):
             nbytes = self.problem.shared_bytes(term, k)
             self._add(found.setdefault(nbytes, {}), {name: 1.0})
             sizes[nbytes] = float(nbytes)
-        if region is not None:
+        if isinstance(term, Internal) and term.region is not None:
             kept = {self.kappa[term.kept]: 1.0} if term.kept is not None else {}
-            found = {n: self._at_least([self._unless({**own, **kept}, region)]) for n, own in found.items()}
+            found = {n: self._at_least([self._unless({**own, **kept}, term.region)]) for n, own in found.items()}
         return self.copies[self.same[term.stage]], found, sizes
 
     _extra = _internal
@@ -417,7 +416,9 @@ class Model:
         return 1, {None: {CONSTANT: 1.0}}, {None: float(term.nbytes)}
 
     def _buffers(self, term: Buffers) -> _Term:
-        use, found, sizes = term.use, {}, {}
+        use = term.use
+        found: dict[int, Expression] = {}
+        sizes: dict[int, float] = {}
         for (a, b), expression in self._flow(self._group_of[use.storage], self._use_key(use)).items():
             target = self.problem.target(use, a, b)
             nbytes = self.problem.buffers_bytes(use.storage, a, target, term.back) if target != a else 0
@@ -476,8 +477,8 @@ class Model:
             if holder.region is not None and holder.region in self.problem.forced:
                 continue
             own = {layout: (e, 0.0) for layout, e in made.items()}
-            if holder.only is not None:
-                own = self._held_by(group, holder)
+            if holder.reach is not None and holder.only is not None:
+                own = self._held_by(group, holder.reach.use, holder.only)
             elif holder.reach is not None:
                 own = self._reached(group, holder.reach, term.flavor, holder.takes is not None)
             for layout, bound in own.items():
@@ -568,12 +569,12 @@ class Model:
                 self._add(expression, self._when_resharded(use), -1.0)
         return {layout: (expression, 0.0) for layout, expression in found.items()}
 
-    def _held_by(self, group: _Group, holder: Holder) -> dict[Layout, _Bound]:
+    def _held_by(self, group: _Group, use: Use, only: Iterable[int]) -> dict[Layout, _Bound]:
         """The layouts in which an op saves an operand that it saves in some of its strategies only."""
-        use = group.uses[self._use_key(holder.reach.use)][0]
+        use = group.uses[self._use_key(use)][0]
         names = self.x[self.same[use.stage]]
         found: ByLayout = {}
-        for k in holder.only:
+        for k in only:
             self._add(found.setdefault(strip(use.wanted[k]), {}), {names[k]: 1.0})
         return {layout: (expression, 0.0) for layout, expression in found.items()}
 
@@ -656,15 +657,15 @@ class Model:
             self._pulp[key] = (variables, constraints)
         return self._pulp[key]
 
-    def _known(self, answer: Answer) -> dict[str, float]:
+    def _known(self, choice: Sequence[int], recomputed: Recomputed) -> dict[str, float]:
         """The integer variables of a plan. Where copies decide apart in it and alike here, all do as the first one does, and
         all recompute where one does."""
         found = {name: 0.0 for name in self.binaries}
         for shared, names in self.x.items():
             if len(names) > 1:
-                found[names[answer.choice[shared]]] = 1.0
+                found[names[choice[shared]]] = 1.0
         for item, name in (*self.rho.items(), *self.kappa.items()):
-            if item in answer.recomputed and name in found:
+            if item in recomputed and name in found:
                 found[name] = 1.0
         return found
 
@@ -725,18 +726,21 @@ class Model:
                 terms.append((peak, -1.0))
             rhs = (0.0 if capacity is None else capacity / scale) - expression.get(CONSTANT, 0.0) / scale
             program.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintLE, rhs=rhs))
-        known = self._known(start) if start is not None and integer else {}
+        known: dict[str, float] = {}
+        if integer and start is not None and start.choice is not None:
+            known = self._known(start.choice, start.recomputed)
         solver, label = make_solver(time_limit, integer, {variables[name]: value for name, value in known.items()})
         program.solve(solver)
         found = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
-        choice, recomputed = None, frozenset()
+        choice: tuple[int, ...] | None = None
+        recomputed: Recomputed = frozenset()
         if found:
-            picked = {
-                shared: max(range(len(own)), key=lambda k, own=own: variables[own[k]].value() or 0.0)
-                for shared, own in self.x.items()
-            }
+            picked: dict[int, int] = {}
+            for shared, own in self.x.items():
+                shares = [variables[name].value() or 0.0 for name in own]
+                picked[shared] = shares.index(max(shares))
             choice = tuple(picked[self.same[stage.index]] for stage in self.graph.stages)
-            items = itertools.chain(self.rho.items(), self.kappa.items())
+            items: list[tuple[int | Kept, str]] = [*self.rho.items(), *self.kappa.items()]
             recomputed = frozenset(item for item, name in items if (variables[name].value() or 0.0) > 0.5)
         feasible = program.sol_status == pulp.LpSolutionIntegerFeasible  # which PuLP calls optimal too
         return Answer(

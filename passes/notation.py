@@ -186,6 +186,11 @@ class Window:
         return last - first
 
 
+def shifted(by: int) -> Callable[[int, int], tuple[int, int]]:
+    """What a `Window` needs of a source that lies `by` further on: the range as it stands there."""
+    return lambda start, stop: (start + by, stop + by)
+
+
 @dataclass(frozen=True)
 class Ring:
     """Ranks that each have a range of the axis `queries` and of the axis `keys`, and pass what has keys round.
@@ -428,7 +433,8 @@ def parse(text: str) -> tuple[list[list[Dim | str]], list[list[Dim | str]]]:
     sides = text.split("->")
     if len(sides) != 2:
         raise RuleError(f"rule {text!r}: expected one '->' between operands and results")
-    return tuple([_parse_group(group, text) for group in side.split(",")] for side in sides)  # type: ignore
+    operands, results = ([_parse_group(group, text) for group in side.split(",")] for side in sides)
+    return operands, results
 
 
 def _parse_group(group: str, text: str) -> list[Dim | str]:
@@ -496,9 +502,9 @@ def from_notation(
                 if size % rest:
                     raise RuleError(f"rule {text!r}: dim of size {size} is not a multiple of {rest} (shape {shape})")
                 known[unknown[0]] = size // rest
-    done = []
+    done: list[tuple[Dim, ...]] = []
     for dims, shape in spread:
-        fixed = []
+        fixed: list[Dim] = []
         for dim, size in zip(dims, shape, strict=True):
             if dim == UNREAD:
                 fixed.append(())
@@ -533,13 +539,14 @@ def from_notation(
 
 def _spread(dims: list[Dim | str], shape: Shape, text: str) -> tuple[list[Dim], Shape]:
     """`...` replaced by axes named from the right, so that operands broadcast as tensors do."""
+    written = [dim for dim in dims if not isinstance(dim, str)]
     if ELLIPSIS not in dims:
         if len(dims) != len(shape):
             raise RuleError(f"rule {text!r}: {len(dims)} dims written, shape {shape} has {len(shape)}")
-        return dims, shape  # type: ignore
+        return written, shape
     extra = len(shape) - (len(dims) - 1)
     if extra < 0:
         raise RuleError(f"rule {text!r}: at least {len(dims) - 1} dims written, shape {shape} has {len(shape)}")
     at = dims.index(ELLIPSIS)
     leading: list[Dim] = [(f".{position}",) for position in range(extra - 1, -1, -1)]
-    return dims[:at] + leading + dims[at + 1 :], shape  # type: ignore
+    return written[:at] + leading + written[at:], shape

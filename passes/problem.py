@@ -26,7 +26,7 @@ from dsp_auto.ring_attention import short_ring
 from .capture import Program
 from .enumerate_strategies import Strategy
 from .factors import Cut, Op, Value
-from .layout import Layout, R, Replicate, Shard, Step, cutters, ways
+from .layout import Layout, R, Replicate, Shard, Step, cutters, place_of, ways
 from .ledger import Ledger
 from .lifetimes import (
     ALIAS,
@@ -52,7 +52,7 @@ from .lifetimes import (
     lifetimes,
 )
 from .nodes import ValueId, is_tensor, node_values
-from .notation import Local, Ring, Site
+from .notation import Local, OpRule, Ring, Site
 from .regions import Region, find_regions
 from .stages import Stage, StageGraph, Use, strip
 
@@ -107,8 +107,9 @@ class _Ends:
 
     @classmethod
     def of(cls, problem: Problem, root: Value, step: Step) -> _Ends:
-        before, after = cutters(step.before, step.source.place), cutters(step.after, step.target.place)
-        source, target = (root.factors[p.place] for p in (step.source, step.target))
+        first, second = place_of(step.source), place_of(step.target)
+        before, after = cutters(step.before, first), cutters(step.after, second)
+        source, target = root.factors[first], root.factors[second]
         return cls(problem.graph, source, target, before, after, tuple(m for m in after if m not in step.mesh_dims))
 
     @property
@@ -199,6 +200,13 @@ class Problem:
             self._reshardings[key] = None if way is None else Resharding(storage, source, target, grad, way, costs)
         return self._reshardings[key]
 
+    def known_resharding(self, storage: ValueId, source: Layout, target: Layout, grad: bool) -> Resharding:
+        """The same where primitives are known to lead there: a solved choice, or a pair that the solver has a variable for."""
+        found = self.resharding(storage, source, target, grad)
+        if found is None:
+            raise AssertionError(f"no primitives turn {storage[0]} from {source} into {target}")
+        return found
+
     def _way(self, storage: ValueId, source: Layout, target: Layout) -> tuple[Step, ...] | None:
         """The cheapest steps; of ways that cost the same that of fewest collectives. Two storages of like sizes go alike."""
         root = self.graph.storages[storage].root
@@ -279,17 +287,16 @@ class Problem:
     def inside(self, stage: int, strategy: int) -> tuple[Inside, ...]:
         """What a stage's op communicates while it runs one of its strategies."""
         entry = self.graph.stages[stage]
-        rule = entry.op.rule if entry.op is not None else None
-        if rule is None or not rule.communicates:
+        op = entry.op
+        if op is None or op.rule is None or not op.rule.communicates:
             return ()
         key = (stage, strategy)
         if key not in self._inside:
-            self._inside[key] = tuple(self._inside_of(entry, entry.strategies[strategy]))
+            self._inside[key] = tuple(self._inside_of(op, op.rule, entry.strategies[strategy]))
         return self._inside[key]
 
-    def _inside_of(self, entry: Stage, strategy: Strategy) -> Iterator[Inside]:
+    def _inside_of(self, op: Op, rule: OpRule, strategy: Strategy) -> Iterator[Inside]:
         values = self.graph.factors.values
-        op, rule = entry.op, entry.op.rule
         flows = any(values[result].requires_grad for result in op.results)
         # An operand that windows have widened on one dim is wider for those on the next.
         grown: dict[tuple[int, int], float] = {}
@@ -350,7 +357,10 @@ class Problem:
         groups: Mapping[tuple[int, ...], str],
     ) -> Local:
         """The part of an op of the rank at `coordinate`, where mesh dims cut the given factors of axes."""
-        sizes, starts, placed = dict(op.rule.sizes), {}, []
+        rule = op.known_rule
+        sizes = dict(rule.sizes)
+        starts: dict[str, int] = {}
+        placed: list[tuple[str, Site]] = []
         for cut, mesh_dims in together.items():
             rank, group = self.graph.line(mesh_dims, coordinate), groups.get(mesh_dims, "")
             for own in cut:
@@ -359,13 +369,13 @@ class Problem:
                 sizes[axis] = sizes[axis] // site.lead * site.length
                 starts[axis] = starts.get(axis, 0) + site.start
                 placed.append((axis, site))
-        return op.rule.on_rank(sizes, starts, placed)
+        return rule.on_rank(sizes, starts, placed)
 
     def written_out(self, stage: int, strategy: int) -> Footprint | None:
         """What an op takes on the first rank where its rule communicates, and so writes it as other ops; None elsewhere."""
-        if not self.inside(stage, strategy):
-            return None
         op, own = self.graph.stages[stage].op, self.graph.stages[stage].strategies[strategy]
+        if op is None or not self.inside(stage, strategy):
+            return None
         values, first = self.graph.factors.values, (0,) * len(self.graph.mesh.sizes)
         shapes = tuple(
             self.graph.local_shape(value, use.wanted[strategy], first)
@@ -391,7 +401,7 @@ class Problem:
             )
             here = self.here(op, strategy.together, first, {})
             return run_footprint(
-                lambda: op.rule.call(_run, op.node.target, args, kwargs, here), operands, self.graph.training
+                lambda: op.known_rule.call(_run, op.node.target, args, kwargs, here), operands, self.graph.training
             )
 
     def _shared_out(self, nbytes: float, layout: Layout, but: Collection[int] = ()) -> float:
@@ -434,9 +444,11 @@ class Problem:
         key = (stage, strategy)
         if key not in self._shares:
             entry, share = self.graph.stages[stage], 1.0
-            for cut, mesh_dims in entry.strategies[strategy].together.items() if entry.op is not None else ():
-                lengths = self.graph.lengths(entry.op.factors(cut)[0], mesh_dims)
-                share *= max(lengths) / sum(lengths)
+            op = entry.op
+            if op is not None:
+                for cut, mesh_dims in entry.strategies[strategy].together.items():
+                    lengths = self.graph.lengths(op.factors(cut)[0], mesh_dims)
+                    share *= max(lengths) / sum(lengths)
             self._shares[key] = share
         return self._shares[key]
 
@@ -503,7 +515,7 @@ class Problem:
 
     def buffers_bytes(self, storage: ValueId, source: Layout, target: Layout, back: bool) -> int:
         """What the primitives from one layout to another take beside the two, or the way back."""
-        steps = self.resharding(storage, source, target, back).steps
+        steps = self.known_resharding(storage, source, target, back).steps
         between = [source, *(step.after for step in steps)]
         found = 0
         for n, step in enumerate(steps):
@@ -553,9 +565,16 @@ class Problem:
                 found[storage, target] = resharding
         return list(found.values())
 
+    def known_reshardings(self, choice: Sequence[int]) -> list[Resharding]:
+        """The same of a choice that is known to be possible: a solved one."""
+        found = self.reshardings(choice)
+        if found is None:
+            raise AssertionError("the choice needs a resharding that no primitives make")
+        return found
+
     def lines(self, choice: Sequence[int]) -> list[tuple[int, ...]]:
         """The sets of mesh dims that something is communicated over, in order."""
-        steps = [step for resharding in self.reshardings(choice) for step in resharding.steps]
+        steps = [step for resharding in self.known_reshardings(choice) for step in resharding.steps]
         in_turn = [step.mesh_dims for step in steps if step.primitive == "hierarchical_switch"]
         found = {step.mesh_dims for step in steps} | {part for dims in in_turn for part in (dims[:1], dims[1:])}
         for stage in self.graph.stages:
@@ -578,7 +597,7 @@ class Problem:
         self, choice: Sequence[int], recomputed: Recomputed, reshardings: Sequence[Resharding] | None = None
     ) -> float:
         """What backward pays once more for regions that it runs again."""
-        reshardings = self.reshardings(choice) if reshardings is None else reshardings
+        reshardings = self.known_reshardings(choice) if reshardings is None else reshardings
         found = sum(self.weight(self.forward_only(r)) for r in reshardings if self.is_repeated(r, choice, recomputed))
         for region in self.regions:
             if region.number in recomputed:
@@ -599,6 +618,8 @@ class Problem:
 
     def _may_keep(self, stage: Stage) -> bool:
         """Whether what takes long of an op is what it makes."""
+        if stage.op is None:
+            return False
         own = footprint(self.program, stage.op)
         made = sum(self.graph.storages[result].root.nbytes for result in stage.results)
         return 0 < own.long <= made + own.internal
@@ -627,7 +648,7 @@ class Problem:
         return found
 
     def forward_only(self, resharding: Resharding) -> Cost:
-        return self.resharding(resharding.storage, resharding.source, resharding.target, False).cost
+        return self.known_resharding(resharding.storage, resharding.source, resharding.target, False).cost
 
     def runs_again(self, resharding: Resharding, choice: Sequence[int]) -> int | None:
         """The region that a resharding stands in and is run again with, if that one is recomputed; None for those between
@@ -672,12 +693,15 @@ class Problem:
             if not self._passed(reach, choice):
                 found.add(self.reached(reach, choice))
         for holder in term.holders:
-            if self._holds(holder, recomputed) and (holder.only is None or choice[holder.reach.use.stage] in holder.only):
-                if holder.reach is None:
-                    found.add(made)
-                elif not self._passed(holder.reach, choice):
-                    wanted = self.reached(holder.reach, choice)
-                    found.add(wanted if holder.takes is None else self.taken(term.storage, made, wanted))
+            if not self._holds(holder, recomputed):
+                continue
+            if holder.reach is None:
+                found.add(made)
+            elif holder.only is not None and choice[holder.reach.use.stage] not in holder.only:
+                continue
+            elif not self._passed(holder.reach, choice):
+                wanted = self.reached(holder.reach, choice)
+                found.add(wanted if holder.takes is None else self.taken(term.storage, made, wanted))
         for reach in term.after:
             # What will be resharded on the way is there until then.
             if any(self.resharded(use, choice) for use in reach.unless if use.stage < reach.stage):
@@ -739,8 +763,10 @@ class Problem:
             # A solver asks for those of one choice several times; and where copies choose alike, they are found faster.
             alike = (ledger for ledger in self._ledgers.values() if ledger.fits(choice, recomputed))
             ledger = next(alike, None)
-            both = ledger.totals(choice, recomputed) if ledger else self._add_up(choice, recomputed | self.forced)
-            self._totals = {key: tuple([int(nbytes) for nbytes in own] for own in both)}
+            activations, everything = (
+                ledger.totals(choice, recomputed) if ledger else self._add_up(choice, recomputed | self.forced)
+            )
+            self._totals = {key: ([int(nbytes) for nbytes in activations], [int(nbytes) for nbytes in everything])}
         return self._totals[key][self.whole if whole is None else whole]
 
     def _add_up(self, choice: Sequence[int], recomputed: Recomputed) -> tuple[list[int], list[int]]:
@@ -753,7 +779,8 @@ class Problem:
             return known[id(term)]
 
         held: dict[Slot, int] = {}
-        now, found = [0, 0], ([], [])
+        now = [0, 0]
+        found: tuple[list[int], list[int]] = ([], [])
         for point in self.points:
             for slot, term in point.changes:
                 size = 0 if term is None else nbytes(term)
@@ -777,11 +804,9 @@ class Problem:
 
     def peak(
         self, choice: Sequence[int], recomputed: Recomputed = frozenset(), whole: bool | None = None
-    ) -> tuple[int, Point | None]:
-        """Bytes at the worst program point of a choice, and that point; see `totals`."""
+    ) -> tuple[int, Point]:
+        """Bytes at the worst program point of a choice, and that point (there is one for the output at least); see `totals`."""
         totals = self.totals(choice, recomputed, whole)
-        if not totals:
-            return 0, None
         worst = max(range(len(totals)), key=totals.__getitem__)
         return totals[worst], self.points[worst]
 
@@ -796,13 +821,12 @@ class Problem:
         stage = self.graph.stages[point.stage]
         if point.phase == STEP:
             return "the optimizer's step"
-        what = f" ({stage.op.name})" if stage.op is not None else ""
         way = "forward once more" if point.again is not None else point.phase
         if point.operand is not None:
             way += ", resharding for" if point.phase == FORWARD else ", resharding back from"
         else:
             way += " of"
-        return f"{way} {stage.name}{what}"
+        return f"{way} {stage.label}"
 
 
 def _run(target: Any, *args: Any, **kwargs: Any) -> Any:

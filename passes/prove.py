@@ -238,7 +238,9 @@ class _Shard:
         return cls(at, tuple(slices))
 
     def here(self, rule: OpRule) -> Local:
-        sizes, starts, sites = {}, {}, []
+        sizes: dict[str, int] = {}
+        starts: dict[str, int] = {}
+        sites: list[tuple[str, Site]] = []
         for mesh_dim, (own, rank) in enumerate(zip(self.slices, self.at, strict=True)):
             others = self.at[:mesh_dim] + self.at[mesh_dim + 1 :]
             sizes |= own.sizes_on(rank)
@@ -302,12 +304,12 @@ class _Slice:
 
     def together(self, parts: Sequence[torch.Tensor], dims: Sequence[Dim]) -> torch.Tensor:
         """What the ranks' parts of a tensor make: side by side along the axis, or their sum without it."""
-        if not self.reaches(dims):
-            return torch.stack([part.double() if part.is_floating_point() else part for part in parts]).sum(0)
         shape = [
             math.prod(self.sizes[axis] for axis in dim) if dim else size for dim, size in zip(dims, parts[0].shape)
         ]
         apart, place, _ = self._apart(shape, dims)
+        if place is None:
+            return torch.stack([part.double() if part.is_floating_point() else part for part in parts]).sum(0)
         lengths = [shard_range(apart[place], self.cut.ranks, rank)[1] for rank in range(self.cut.ranks)]
         shapes = [[*apart[:place], length, *apart[place + 1 :]] for length in lengths]
         return torch.cat([part.reshape(own) for part, own in zip(parts, shapes, strict=True)], place).reshape(shape)
@@ -418,7 +420,9 @@ def _replaced(args: tuple, kwargs: Mapping[str, Any], tensors: Sequence[torch.Te
     return pytree.tree_map_only(torch.Tensor, lambda _: next(following), (args, dict(kwargs)))
 
 
-def _backward(results, cotangents, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+def _backward(
+    results: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor | None], leaves: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
     pairs = [(result, cotangent) for result, cotangent in zip(results, cotangents) if cotangent is not None]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if not pairs or not wanted:

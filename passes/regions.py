@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .checkpointing import region
-from .stages import OP, Stage, StageGraph
+from .stages import Stage, StageGraph
 
 # A block that makes more than this share of all bytes is cut further, if it holds blocks itself.
 LARGE = 0.25
@@ -32,9 +32,10 @@ def find_regions(graph: StageGraph, candidates: bool) -> tuple[Region, ...]:
     """The regions of a training step, in order; those of the model, and with `candidates` those that the planner may add."""
     if not graph.training:
         return ()
-    ops = [stage for stage in graph.stages if stage.kind == OP]
+    numbers = {stage.index: region(stage.op.node) for stage in graph.stages if stage.op is not None}
+    ops = [graph.stages[index] for index in numbers]
     found: list[tuple[list[Stage], bool]] = []
-    for number, run in itertools.groupby(ops, lambda stage: region(stage.op.node)):
+    for number, run in itertools.groupby(ops, lambda stage: numbers[stage.index]):
         own = list(run)
         if number is not None:
             if any(graph.factors.values[result].requires_grad for stage in own for result in stage.results):

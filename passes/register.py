@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dsp_auto.errors import ProofError, RuleError
 
-from .notation import ELLIPSIS, UNREAD, Local, OpCall, OpRule, from_notation, parse
+from .notation import ELLIPSIS, UNREAD, Emit, Local, OpCall, OpRule, from_notation, parse
 from .prove import prove
-from .rules import RuleFunction, registered_by_user, rule_function, where
+from .rules import UserRule, registered_by_user, rule_function, where
 
 KINDS = ("whole", "moved", "reduces")
 
@@ -198,10 +198,10 @@ def _holds_tensor(kind: Any) -> bool:
 
 def _function(
     name: str, notation: str, kinds: Mapping[str, set[str]], sizes: Mapping[str, int | str], place: str
-) -> RuleFunction:
+) -> UserRule:
     arguments = {axis: size for axis, size in sizes.items() if isinstance(size, str)}
 
-    def local(emit, target, args, kwargs, here: Local):
+    def local(emit: Emit, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], here: Local) -> Any:
         """The rank's own sizes for the int arguments that are the sizes of axes."""
         args, kwargs = list(args), dict(kwargs)
         positions = {argument.name: n for n, argument in enumerate(target._schema.arguments)}
@@ -217,7 +217,15 @@ def _function(
     def rule(call: OpCall) -> OpRule:
         known = {axis: call[size] if isinstance(size, str) else size for axis, size in sizes.items()}
         try:
-            return from_notation(notation, call, sizes=known, local=local if arguments else None, **kinds)
+            return from_notation(
+                notation,
+                call,
+                whole=kinds["whole"],
+                moved=kinds["moved"],
+                reduces=kinds["reduces"],
+                sizes=known,
+                local=local if arguments else None,
+            )
         except RuleError as error:
             shapes = ", ".join(str(list(operand.shape)) for operand in call.operands)
             raise RuleError(
@@ -226,8 +234,7 @@ def _function(
                 remedy="register a rule that describes this call, or none",
             ) from error
 
-    rule.text, rule.sizes, rule.place = show(notation, kinds), sizes, place
-    return rule
+    return UserRule(show(notation, kinds), sizes, place, rule)
 
 
 def show(notation: str, kinds: Mapping[str, Iterable[str]]) -> str:
@@ -235,7 +242,7 @@ def show(notation: str, kinds: Mapping[str, Iterable[str]]) -> str:
     return "; ".join([notation, *(f"{kind}: {' '.join(sorted(axes))}" for kind, axes in kinds.items() if axes)])
 
 
-def _prove(overload: torch._ops.OpOverload, function: RuleFunction, example: tuple, place: str) -> None:
+def _prove(overload: torch._ops.OpOverload, function: UserRule, example: tuple, place: str) -> None:
     has_kwargs = len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], Mapping)
     args, kwargs = example if has_kwargs else (example, {})
     with torch.no_grad():

@@ -24,7 +24,7 @@ from dsp_auto.shards import shard_sizes
 from .buckets import Bucket
 from .capture import Program
 from .factors import Cut, Op
-from .layout import Layout, Replicate, Shard, Step, cutters
+from .layout import Layout, Replicate, Shard, Step, cutters, place_of
 from .lifetimes import COPY, RESULT, Kept
 from .nodes import ValueId, is_tensor, value_id
 from .notation import Emit, Local
@@ -55,7 +55,16 @@ def rewrite(
 
 
 class _Writer:
-    def __init__(self, program, problem: Problem, solution: Solution, buckets, coordinate, groups, shown) -> None:
+    def __init__(
+        self,
+        program: Program,
+        problem: Problem,
+        solution: Solution,
+        buckets: Sequence[Bucket],
+        coordinate: Sequence[int],
+        groups: Mapping[tuple[int, ...], str],
+        shown: Mapping[int, int],
+    ) -> None:
         self.program, self.problem, self.choice = program, problem, solution.choice
         self.recomputed = solution.recomputed | problem.forced
         self.graph: StageGraph = problem.graph
@@ -76,7 +85,7 @@ class _Writer:
         self.losses_differ = any(isinstance(p, Shard) for use in self.graph.stages[-1].uses for p in use.wanted[0])
 
     def write(self) -> fx.Graph:
-        stages = {stage.op.name: stage for stage in self.graph.stages if stage.op is not None}
+        ops = {stage.op.name: (stage.op, stage) for stage in self.graph.stages if stage.op is not None}
         with self.fake:
             for node in self.program.graph.nodes:
                 if node.op == "placeholder":
@@ -84,8 +93,8 @@ class _Writer:
                 elif node.op == "get_attr":
                     new = self.out.get_attr(node.target)
                     self._source(node, new)
-                elif node.op == "call_function" and node.name in stages:
-                    self._op(stages[node.name].op, stages[node.name])
+                elif node.op == "call_function" and node.name in ops:
+                    self._op(*ops[node.name])
                 elif node.op == "output":
                     self._output(node)
         return self.out
@@ -240,7 +249,7 @@ class _Writer:
             else:
                 self.meta = {key: value for key, value in meta.items() if key not in ("region", "kept")}
             at, self.at = self.at, f"{self.at}, {use.storage[0]}"
-            for step in self.problem.resharding(use.storage, source, target, use.grad).steps:
+            for step in self.problem.known_resharding(use.storage, source, target, use.grad).steps:
                 if (use.storage, step.after) not in self.copies:
                     self._step(use.storage, current, step)
                 current = step.after
@@ -277,19 +286,20 @@ class _Writer:
         after = self._sizes(storage, step, step.after) if isinstance(target, Shard) else []
         uneven = [after] if len(after) > 1 else []
         if step.primitive in ("switch", "hierarchical_switch"):
-            ends = (dim_of[source.place], self._sizes(storage, step, step.before), dim_of[target.place])
+            before = self._sizes(storage, step, step.before)
+            ends = (dim_of[place_of(source)], before, dim_of[place_of(target)])
             if step.primitive == "hierarchical_switch":
                 where = (*self._where(step.mesh_dims[:1]), *self._where(step.mesh_dims[1:]))
             new = self.emit(getattr(dsp, step.primitive).default, node, *ends, *where, *uneven)
         elif step.primitive == "split":
-            new = self.emit(dsp.split.default, node, dim_of[target.place], *where, _partial(source), *uneven)
+            new = self.emit(dsp.split.default, node, dim_of[place_of(target)], *where, _partial(source), *uneven)
         elif step.primitive == "gather":
             size = self._sizes(storage, step, step.before)
-            new = self.emit(dsp.gather.default, node, dim_of[source.place], size, *where, _partial(target))
+            new = self.emit(dsp.gather.default, node, dim_of[place_of(source)], size, *where, _partial(target))
         elif step.primitive == "reduce":
             new = self.emit(dsp.reduce.default, node, *where, _partial(target))
         elif step.primitive == "reduce_scatter":
-            new = self.emit(dsp.reduce_scatter.default, node, dim_of[target.place], *where, *uneven)
+            new = self.emit(dsp.reduce_scatter.default, node, dim_of[place_of(target)], *where, *uneven)
         else:
             values = self.emit(dsp.replicate.default, [node], *where, self.losses_differ)
             new = self.out.call_function(operator.getitem, (values, 0))
@@ -301,7 +311,7 @@ class _Writer:
     def _sizes(self, storage: ValueId, step: Step, layout: Layout) -> list[int]:
         """How a step's mesh dims cut a dim in `layout`: its size where they cut as `torch.tensor_split` does, else the size of
         every rank's shard."""
-        place = layout[step.mesh_dims[0]].place
+        place = place_of(layout[step.mesh_dims[0]])
         factor, every = self.graph.storages[storage].root.factors[place], cutters(layout, place)
         count, lengths = self._ranks(step.mesh_dims), self.graph.lengths(factor, every)
         # The step's mesh dims are the innermost: their ranks stand side by side.
@@ -309,11 +319,11 @@ class _Writer:
         own = list(lengths[first : first + count])
         return [sum(own)] if own == shard_sizes(sum(own), count) else own
 
-    def _unmerged(self, storage: ValueId, places: Sequence[int]):
+    def _unmerged(self, storage: ValueId, places: Sequence[int]) -> tuple[list[list[int]] | None, dict[int, int]]:
         """Dims (as lists of places) with the sharded places' dims taken apart, None where none is merged; and the dim of
         each place."""
-        dims, place = [], 0
-        merged = False
+        dims: list[list[int]] = []
+        place, merged = 0, False
         for dim in self.graph.storages[storage].root.dims:
             own = list(range(place, place + len(dim)))
             place += len(dim)
@@ -343,9 +353,12 @@ class _Writer:
             self.meta |= {key: value for key, value in meta.items() if key == "region"}
             args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: operand)
             places = self.graph.views[value][1]
-            keys = {places[place]: key for key, place in op.places(op.rule.outputs[0], self.factors.values[value]).items()}
-            cuts = {(keys[p.place],): cutters(layout, p.place) for p in layout if isinstance(p, Shard)}
-            new = op.rule.call(self.emit, op.node.target, args, kwargs, self._here(op, cuts))
+            rule = op.known_rule
+            keys = {places[place]: key for key, place in op.places(rule.outputs[0], self.factors.values[value]).items()}
+            cuts: dict[tuple[Cut, ...], tuple[int, ...]] = {
+                (keys[p.place],): cutters(layout, p.place) for p in layout if isinstance(p, Shard)
+            }
+            new = rule.call(self.emit, op.node.target, args, kwargs, self._here(op, cuts))
             self.viewed[value, layout] = new
             self.meta = meta
         return self.viewed[value, layout]

@@ -113,7 +113,15 @@ def cut(
 
 
 class _Cutter:
-    def __init__(self, graph, owner, sources, entered, homes, looking) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        owner: nn.Module,
+        sources: Sequence[Any],
+        entered: Mapping[str, nn.Module],
+        homes: Mapping[str, Home],
+        looking: Collection[int],
+    ) -> None:
         self.graph, self.owner, self.entered, self.homes, self.looking = graph, owner, entered, homes, looking
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self.sources = dict(zip(placeholders, sources, strict=True))
@@ -229,7 +237,8 @@ class _Cutter:
 
     def runs(self, nodes: Sequence[fx.Node], depth: int) -> list[tuple[Scope | None, list[fx.Node]]]:
         """The nodes of one level in an order in which those of one scope stand side by side, where they can."""
-        left, found = list(nodes), []
+        left = list(nodes)
+        found: list[tuple[Scope | None, list[fx.Node]]] = []
         while left:
             done = self._whole_units(left, depth, found)
             left = [node for node in left if node not in done]
@@ -318,7 +327,15 @@ class _Cutter:
                 env[node].meta = dict(node.meta)
         return value
 
-    def _call(self, new, scope: Scope, run: list[fx.Node], prefix, results: list[fx.Node], value) -> fx.Node:
+    def _call(
+        self,
+        new: fx.Graph,
+        scope: Scope,
+        run: list[fx.Node],
+        prefix: tuple[Scope, ...],
+        results: list[fx.Node],
+        value: Callable[[fx.Node], fx.Node],
+    ) -> fx.Node:
         """The call that runs some nodes in a scope of their own."""
         inside, prefix = set(run), (*prefix, scope)
         held: dict[fx.Node, None] = {}

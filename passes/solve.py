@@ -7,6 +7,7 @@ plan carries. A plan that is further from its bound than `GAP` is solved for aga
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -108,15 +109,16 @@ def solve(
             # What takes the folded problem long takes the whole one too long.
             limit = min(left(), max(APART_SECONDS, 3 * (time.perf_counter() - started)))
             answer, bound = _solve_apart(problem, apart, answer, bound, points, capacity, limit)
-    if answer.choice is None:
+    choice = answer.choice
+    if choice is None:
         if answer.status != "Infeasible":
             raise out_of_time(time_limit)
         raise _infeasible(problem, model, capacity, left())
     if answer.recomputed:  # which costs nothing where only bytes count, and nothing is sent again
         answer = _recompute_fewer(problem, model, answer, capacity)
-    objective = problem.cost(answer.choice, answer.recomputed)
+    objective = _cost(problem, answer)
     return Solution(
-        choice=answer.choice,
+        choice=choice,
         recomputed=answer.recomputed,
         objective=objective,
         bound=objective if bound is not None and _distance(objective, bound) < TOLERANCE else bound or 0.0,
@@ -124,7 +126,7 @@ def solve(
         solver=answer.solver,
         variables=answer.variables,
         constraints=answer.constraints,
-        peak_bytes=problem.peak(answer.choice, answer.recomputed)[0],
+        peak_bytes=problem.peak(choice, answer.recomputed)[0],
         capacity_bytes=capacity,
         folded=same != apart,
         unbounded=model.solve({}, capacity, integer=False, time_limit=left()).value if unbounded else None,
@@ -132,13 +134,15 @@ def solve(
     )
 
 
-def _cost(problem: Problem, answer: Answer) -> float | None:
-    return None if answer.choice is None else problem.cost(answer.choice, answer.recomputed)
+def _cost(problem: Problem, answer: Answer) -> float:
+    """Infinite where the solver found none."""
+    cost = None if answer.choice is None else problem.cost(answer.choice, answer.recomputed)
+    return math.inf if cost is None else cost
 
 
-def _distance(objective: float | None, bound: float | None) -> float:
-    if objective is None or bound is None:
-        return float("inf")
+def _distance(objective: float, bound: float | None) -> float:
+    if math.isinf(objective) or bound is None:
+        return math.inf
     return max(objective - bound, 0.0) / objective if objective > 0 else 0.0
 
 
@@ -159,9 +163,10 @@ def _solve(
     else:
         points = set(points or ()) | _high_points(problem)
     deadline = time.perf_counter() + time_limit
-    held = capacity
+    too_much = 0
     while True:
         left = max(deadline - time.perf_counter(), min(time_limit, 0.1))
+        held = None if capacity is None else capacity - too_much
         answer = model.solve(rows if few else model.points(points), held, time_limit=left, start=start)
         if answer.choice is None:
             return answer, points
@@ -180,7 +185,7 @@ def _solve(
         elif capacity is None:
             return answer, points
         else:  # by less than the solver's tolerance
-            held -= int(totals[exceeded[0]]) - capacity + 1
+            too_much += int(totals[exceeded[0]]) - capacity + 1
 
 
 def _high_points(problem: Problem) -> set[int]:
@@ -194,13 +199,6 @@ def _high_points(problem: Problem) -> set[int]:
     largest = sorted(range(len(points)), key=lambda n: -sizes.get(points[n].stage, 0))[:NEW_POINTS]
     ends = [n for n, point in enumerate(points) if point.stage == stages[-1].index]
     return {*ends, *largest}
-
-
-def _least_peak(problem: Problem, model: Model, time_limit: float) -> tuple[int, Answer]:
-    answer, _ = _solve(problem, model, None, time_limit)
-    if answer.choice is None:
-        raise out_of_time(time_limit)
-    return problem.peak(answer.choice, answer.recomputed)[0], answer
 
 
 def _frugal_peak(problem: Problem, model: Model, time_limit: float) -> int:
@@ -249,14 +247,20 @@ def _better(problem: Problem, answer: Answer, other: Answer | None) -> Answer:
 
 
 def _solve_apart(
-    problem: Problem, apart: Sequence[int], folded: Answer, bound, points: set[int], capacity: int, time_limit: float
+    problem: Problem,
+    apart: Sequence[int],
+    folded: Answer,
+    bound: float | None,
+    points: set[int],
+    capacity: int,
+    time_limit: float,
 ) -> tuple[Answer, float | None]:
     """The problem without folding, as far as the time goes."""
     known = folded if folded.choice is not None else None
     answer, _ = _solve(problem, Model(problem, apart), capacity, time_limit, points, known)
     if answer.choice is None:
         return folded, bound
-    least = problem.cost(answer.choice, answer.recomputed) if answer.optimal else bound
+    least = _cost(problem, answer) if answer.optimal else bound
     return _better(problem, answer, known), least
 
 
@@ -281,8 +285,8 @@ def _improve(
 def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: int) -> Answer:
     """The same choice with no more of a block's copies recomputed than have to be: the first ones, whose activations would be
     kept longest."""
-    apart = problem.ledger(model.same, model.group_numbers, apart=True)
-    if not apart.fits(answer.choice, answer.recomputed):
+    apart, choice = problem.ledger(model.same, model.group_numbers, apart=True), answer.choice
+    if choice is None or not apart.fits(choice, answer.recomputed):
         return answer
 
     def without(regions: Iterable[int]) -> Recomputed:
@@ -290,12 +294,12 @@ def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: i
         return answer.recomputed - gone - {kept for region in gone for kept in problem.keeps[region]}
 
     def fits(recomputed: Recomputed) -> bool:
-        return max(apart.totals(answer.choice, recomputed)[problem.whole]) <= capacity
+        return max(apart.totals(choice, recomputed)[problem.whole]) <= capacity
 
     def made(region: int) -> int:
         """Bytes that a region's ops make: where only bytes that are sent count, what says how much work it is."""
-        stages = (problem.graph.stages[number] for number in numbered[region].stages)
-        return sum(problem.graph.factors.values[result].nbytes for stage in stages for result in stage.op.results)
+        ops = (problem.graph.stages[number].op for number in numbered[region].stages)
+        return sum(problem.graph.factors.values[result].nbytes for op in ops if op is not None for result in op.results)
 
     numbered = {region.number: region for region in problem.regions}
     copies: dict[int, list[int]] = {}
@@ -303,8 +307,8 @@ def _recompute_fewer(problem: Problem, model: Model, answer: Answer, capacity: i
         if region in answer.recomputed:
             copies.setdefault(first, []).append(region)
     gone: list[int] = []
-    all_of = problem.again(answer.choice, answer.recomputed)
-    dearest = sorted(copies.values(), key=lambda own: (problem.again(answer.choice, without(own)) - all_of, -made(own[0])))
+    all_of = problem.again(choice, answer.recomputed)
+    dearest = sorted(copies.values(), key=lambda own: (problem.again(choice, without(own)) - all_of, -made(own[0])))
     for own in dearest:
         few, many = -1, len(own)
         while many - few > 1:
@@ -337,8 +341,8 @@ def _shard_then_recompute(
     frugal = int(_frugal_peak(problem, model, left() / 4) * (1 + SLACK))
     cheap = [model.solve({}, capacity, time_limit=left() / 4), _solve(problem, model, frugal, left() / 4)[0]]
     best = known
-    answers = [answer for answer in (*cheap, known) if answer is not None and answer.choice is not None]
-    for choice, own in {answer.choice: answer for answer in answers}.items():
+    answers = [answer for answer in (*cheap, known) if answer is not None]
+    for choice, own in {answer.choice: answer for answer in answers if answer.choice is not None}.items():
         try:
             found = solve(problem.decided(choice), capacity, use_folding=False, time_limit=left() / 2)
         except (InfeasibleError, OutOfTimeError):
@@ -349,8 +353,10 @@ def _shard_then_recompute(
 
 
 def _infeasible(problem: Problem, model: Model, capacity: int, time_limit: float) -> InfeasibleError:
-    least, answer = _least_peak(problem, model, time_limit)
-    _, where = problem.peak(answer.choice, answer.recomputed)
+    answer, _ = _solve(problem, model, None, time_limit)
+    if answer.choice is None:
+        raise out_of_time(time_limit)
+    least, where = problem.peak(answer.choice, answer.recomputed)
     return InfeasibleError(
         where=problem.graph.stages[where.stage].name,
         point=problem.show_point(where),

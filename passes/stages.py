@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
+from torch import fx
+
 from dsp_auto.mesh import Mesh
 from dsp_auto.shards import nested_sizes
 
-from .capture import Program
+from .capture import GraphInput, Program
 from .constrain import Constraint, constrain
 from .enumerate_strategies import Strategy, enumerate_strategies, show_strategy, without_gradient
 from .factors import Factors, Op, Value
@@ -76,6 +78,11 @@ class Stage:
     def path(self) -> str:
         """The module that the stage's op stands in; empty for the root, inputs and outputs."""
         return self.op.path if self.op is not None else ""
+
+    @property
+    def label(self) -> str:
+        """For people: `blocks.3.attn (linear_7)`; inputs and the output have no op."""
+        return f"{self.name} ({self.op.name})" if self.op is not None else self.name
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ def make_stages(
         views[value] = (value, tuple(range(len(root.factors))))
 
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    sources = list(zip(placeholders, program.inputs, strict=True))
+    sources: list[tuple[fx.Node, GraphInput | None]] = [*zip(placeholders, program.inputs, strict=True)]
     sources += [(node, None) for node in program.graph.nodes if node.op == "get_attr"]
     for node, entry in sources:
         value = (node.name, 0)
@@ -219,11 +226,12 @@ def make_stages(
         if op.is_view:
             storage, places = views[op.operands[0]]
             operand, result = factors.values[op.operands[0]], factors.values[op.results[0]]
-            before, after = op.places(op.rule.inputs[0], operand), op.places(op.rule.outputs[0], result)
-            own = [0] * len(after)
-            for key, place in after.items():
-                own[place] = places[before[key]]
-            views[op.results[0]] = (storage, tuple(own))
+            rule = op.known_rule
+            before, after = op.places(rule.inputs[0], operand), op.places(rule.outputs[0], result)
+            taken = [0] * len(after)
+            for axis, place in after.items():
+                taken[place] = places[before[axis]]
+            views[op.results[0]] = (storage, tuple(taken))
             continue
         is_large = any(factors.values[result].nbytes > limit for result in op.results)
         own = tuple(one for one in constraints if one.covers(op))
@@ -297,7 +305,8 @@ def _in_parts(parameter: Value, factors: Factors, space: Space) -> list[Layout]:
     A mesh dim of the user's cuts it as one, split or not. Several of them cut what makes up its dim from the outside only: a
     DTensor, which is what the parameter becomes, has no placements for anything else.
     """
-    mesh, found = space.mesh, []
+    mesh = space.mesh
+    found: list[Layout] = []
     for place, factor in enumerate(parameter.factors):
         if factor not in factors.inner or parameter.factors.count(factor) > 1:
             continue
@@ -312,7 +321,8 @@ def _in_parts(parameter: Value, factors: Factors, space: Space) -> list[Layout]:
 
 def _small(factors: Factors, space: Space, share: float) -> float:
     """The size up to which all results that could be sharded together make `share` of all bytes that ops make."""
-    sizes, total = Counter(), 0
+    sizes: Counter[int] = Counter()
+    total = 0
     for op in factors.ops:
         if op.is_view:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,12 @@ from dsp_auto.cost_models.communication import Cost
 from dsp_auto.plan import Enter, Plan, PlanStage
 
 from .buckets import Bucket
+from .factors import Op
 from .layout import R, Shard, Step, cutters, show_placement
 from .lifetimes import RESULT, Kept
 from .nodes import node_call
 from .notation import OpRule
-from .problem import Problem, Resharding
+from .problem import Problem, Recomputed, Resharding
 from .rules import WRITTEN, origin, why_none
 from .solve import Solution
 from .stages import OP, OUTPUT, Stage
@@ -43,7 +44,7 @@ def summarize(
     graph, choice = problem.graph, solution.choice
     factors, mesh = graph.factors, graph.mesh
     group_of = {stage.index: number for number, group in enumerate(groups) for stage in group}
-    reshardings = problem.reshardings(choice)
+    reshardings = problem.known_reshardings(choice)
     entering: dict[int, list[Resharding]] = {}
     for resharding in reshardings:
         entering.setdefault(min(group_of[stage] for stage in _users(problem, choice, resharding)), []).append(
@@ -95,8 +96,11 @@ def summarize(
     )
 
 
-def _runs_replicated(problem: Problem, choice: Sequence[int], stage: Stage) -> bool:
-    return stage.kind == OP and not any(stage.strategies[choice[stage.index]].cuts)
+def _running_replicated(problem: Problem, choice: Sequence[int]) -> Iterator[tuple[Stage, Op]]:
+    """The ops that run replicated, each with its stage."""
+    for stage in problem.graph.stages:
+        if stage.op is not None and not any(stage.strategies[choice[stage.index]].cuts):
+            yield stage, stage.op
 
 
 def _replicated(
@@ -107,14 +111,14 @@ def _replicated(
     values = problem.graph.factors.values
     return tuple(
         {
-            "op": stage.op.name,
-            "target": str(stage.op.node.target),
-            "path": stage.op.path,
-            "bytes": sum(values[result].nbytes for result in stage.op.results),
-            **({"why": why_none(node_call(stage.op.node))} if stage.op.rule is None else {}),
+            "op": op.name,
+            "target": str(op.node.target),
+            "path": op.path,
+            "bytes": sum(values[result].nbytes for result in op.results),
+            **({"why": why_none(node_call(op.node))} if op.rule is None else {}),
         }
-        for stage in problem.graph.stages
-        if _runs_replicated(problem, choice, stage) and why(stage.op.rule)
+        for _, op in _running_replicated(problem, choice)
+        if why(op.rule)
     )
 
 
@@ -135,14 +139,14 @@ def _activations(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
     was cheaper."""
     graph = problem.graph
     values, names = graph.factors.values, graph.factors.names
-    sizes = {s.index: sum(values[r].nbytes for r in s.op.results) for s in graph.stages if s.kind == OP}
+    sizes = {s.index: sum(values[r].nbytes for r in s.op.results) for s in graph.stages if s.op is not None}
     total = sum(sizes.values()) or 1
     found = []
-    for stage in graph.stages:
-        if not _runs_replicated(problem, choice, stage) or sizes[stage.index] <= LARGE * total:
+    for stage, op in _running_replicated(problem, choice):
+        if sizes[stage.index] <= LARGE * total:
             continue
         shape = ", ".join(f"{names[f]}={graph.factors.sizes[f]}" for r in stage.results for f in values[r].factors)
-        if stage.op.rule is None:
+        if op.rule is None:
             why = "no rule"
         elif any(any(strategy.cuts) for strategy in stage.strategies):
             why = "cheaper so"
@@ -152,14 +156,14 @@ def _activations(problem: Problem, choice: Sequence[int]) -> dict[str, Any]:
             why = f"nothing to shard in ({shape})"
         found.append(
             {
-                "op": stage.op.name,
-                "target": str(stage.op.node.target),
-                "path": stage.op.path,
+                "op": op.name,
+                "target": str(op.node.target),
+                "path": op.path,
                 "share": sizes[stage.index] / total,
                 "why": why,
             }
         )
-    replicated = sum(n for index, n in sizes.items() if _runs_replicated(problem, choice, graph.stages[index]))
+    replicated = sum(sizes[stage.index] for stage, _ in _running_replicated(problem, choice))
     return {"bytes": total, "replicated_bytes": replicated, "large_replicated": found}
 
 
@@ -217,7 +221,8 @@ def _users(problem: Problem, choice: Sequence[int], resharding: Resharding) -> l
 
 def _name(group: Sequence[Stage]) -> str:
     """The blocks that a stage spans: module paths up to their first number."""
-    if group[0].kind == OUTPUT:
+    first = group[0].op
+    if first is None:
         return "output"
     blocks: dict[str, None] = {}
     for stage in group:
@@ -228,7 +233,7 @@ def _name(group: Sequence[Stage]) -> str:
             blocks[block] = None
     names = list(blocks)
     if not names:
-        return group[0].op.name
+        return first.name
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]}"
 
 
@@ -297,10 +302,12 @@ def _inside(problem: Problem, choice: Sequence[int], group: Sequence[Stage]) -> 
     """What the ops of a stage communicate by themselves."""
     graph, found = problem.graph, []
     for stage in group:
+        if stage.op is None:
+            continue
         for inside in problem.inside(stage.index, choice[stage.index]):
             strategy = stage.strategies[choice[stage.index]]
             name = graph.mesh.label(inside.mesh_dims)
-            factor = graph.factors.names[strategy.factors[inside.mesh_dims[0]]]
+            factor = graph.factors.names[stage.op.factors(strategy.cuts[inside.mesh_dims[0]])[-1]]
             both = (_number(inside.cost.forward_bytes), _number(inside.cost.backward_bytes))
             found.append(Enter(inside.primitive, stage.op.name, name, factor, factor, *both))
     return found
@@ -311,7 +318,7 @@ def _communication(
     choice: Sequence[int],
     reshardings: Sequence[Resharding],
     buckets: Sequence[Bucket],
-    recomputed: frozenset[int],
+    recomputed: Recomputed,
 ) -> dict[str, Any]:
     in_bucket = {storage for bucket in buckets for storage in bucket.storages}
     by_primitive: dict[str, dict[str, float]] = {}
@@ -365,7 +372,7 @@ def _memory(problem: Problem, solution: Solution, capacity: Capacity | None) -> 
     _, worst = problem.peak(choice, recomputed, whole=True)
     found: dict[str, Any] = {
         "peak_bytes": max(totals, default=0),
-        "peak_at": None if worst is None else problem.show_point(worst),
+        "peak_at": problem.show_point(worst),
         "capacity_bytes": capacity and capacity.usable,
         "reserve_bytes": capacity and capacity.bytes - capacity.usable,
         "activation_bytes": problem.peak(choice, recomputed, whole=False)[0],
@@ -395,7 +402,7 @@ def _recomputed(problem: Problem, solution: Solution) -> tuple[dict[str, Any], .
             "ops": len(region.stages),
             "by": "model" if region.forced else "plan",
             "keeps": [
-                f"{own.what} of {stages[own.stage].name} ({stages[own.stage].op.name})"
+                f"{own.what} of {stages[own.stage].label}"
                 for own in problem.keeps.get(region.number, ())
                 if own in solution.recomputed
             ],

@@ -213,7 +213,7 @@ class _Watch(TorchDispatchMode):
         self.target, self.seen = target, ""
         self.kernels = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is self.target:
             with self:  # its own kernel, and what that calls comes here again
@@ -251,9 +251,10 @@ def apart(device: str) -> Iterator[None]:
 
 
 def _random_states() -> list[torch.Tensor]:
+    state: Any = numpy.random.get_state()  # a tuple
     numbers = [
         torch.tensor([hash(random.getstate())]),
-        torch.tensor([hash((state := numpy.random.get_state())[1].tobytes()), *state[2:4]]),
+        torch.tensor([hash(state[1].tobytes()), *state[2:4]]),
     ]
     return [*numbers, torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 

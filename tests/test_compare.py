@@ -142,6 +142,8 @@ def test_too_few_heads_for_ulysses_are_a_reason():
     assert "heads of attention" in found["ulysses"].reason and "=3" in found["ulysses"].reason
     assert {"ring", "auto"} <= {candidate.strategy for candidate in found.runnable}
     assert f"ulysses cannot run: {found['ulysses'].reason}" in str(found)
+    with pytest.raises(dsp_auto.StrategyError, match="it has no plan: .*heads of attention"):
+        found["ulysses"].wire_bytes()
 
 
 def test_attention_that_is_no_one_op_is_a_reason_for_ring():

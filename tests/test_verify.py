@@ -166,7 +166,7 @@ def _planted(monkeypatch, target, instead, rank=1, count=0):
             with graph.inserting_after(node):
                 new = graph.call_function(instead, (node,))
             new.meta = dict(node.meta)
-            del node.meta["made"]
+            node.meta.pop("made", None)  # which a primitive has not
             node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         return plan, graph
 
@@ -218,6 +218,18 @@ def test_a_rank_whose_program_does_not_run_is_named_with_what_differs(monkeypatc
     found = dsp_auto.verify(model, "3", args, kwargs, strategy="dsp")
     assert not found.agrees and found.first.module == "blocks.0.mlp.1" and found.first.ranks == (1,)
     assert found.first.deviation == float("inf")
+
+
+def stops(x):
+    raise RuntimeError("no more")
+
+
+def test_a_rank_that_stops_on_the_way_to_an_output_is_named_with_the_output(monkeypatch):
+    _planted(monkeypatch, torch.ops.dsp.gather.default, stops, count=-1)
+    model, args, kwargs = transformer()
+    found = dsp_auto.verify(model, "3", args, kwargs, strategy="dsp")
+    assert not found.agrees and (found.first.module, found.first.op) == ("output", "the output")
+    assert found.first.ranks == (1,) and "RuntimeError: no more" in str(found)
 
 
 def test_bytes_that_the_plan_does_not_say_are_a_disagreement(monkeypatch):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +23,24 @@ from ..notation import OpCall, OpRule, from_notation
 
 _log = logging.getLogger(__name__)
 RuleFunction = Callable[[OpCall], OpRule | None]
+
+
+@dataclass(frozen=True, eq=False)
+class UserRule:
+    """A rule function of `register_rule`: what the user wrote (`text`, `sizes`), and where (`place`, file:line)."""
+
+    text: str
+    sizes: Mapping[str, int | str]
+    place: str
+    make: Callable[[OpCall], OpRule]
+
+    def __call__(self, call: OpCall) -> OpRule:
+        return self.make(call)
+
+
 WRITTEN, REGISTERED, FOUND = "written", "registered", "found"
 _RULES: dict[str, RuleFunction] = {}
-_USER_RULES: dict[str, RuleFunction] = {}
+_USER_RULES: dict[str, UserRule] = {}
 
 
 def rule(*names: str) -> Callable[[RuleFunction], RuleFunction]:
@@ -43,7 +59,7 @@ def registered() -> dict[str, RuleFunction]:
     return dict(_RULES)
 
 
-def registered_by_user() -> dict[str, RuleFunction]:
+def registered_by_user() -> dict[str, UserRule]:
     """The rules of `register_rule`, to be read and changed."""
     return _USER_RULES
 
@@ -53,7 +69,8 @@ def rule_function(target: object) -> RuleFunction | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     name = target._schema.name
-    for rules in (_USER_RULES, _RULES):
+    tables: tuple[Mapping[str, RuleFunction], ...] = (_USER_RULES, _RULES)
+    for rules in tables:
         found = rules.get(f"{name}.{target._overloadname}") or rules.get(name)
         if found is not None:
             return found
@@ -66,13 +83,15 @@ def origin(target: object) -> str:
     function = rule_function(target)
     if function is None:
         return FOUND
-    return REGISTERED if function in _USER_RULES.values() else WRITTEN
+    return REGISTERED if isinstance(function, UserRule) else WRITTEN
 
 
 def where(function: RuleFunction) -> str:
     """file:line of a rule."""
+    if isinstance(function, UserRule):
+        return function.place
     code = function.__code__
-    return getattr(function, "place", None) or f"{code.co_filename}:{code.co_firstlineno}"
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def find_rule(call: OpCall) -> OpRule | None:
@@ -82,7 +101,7 @@ def find_rule(call: OpCall) -> OpRule | None:
         try:
             return function(call)
         except RuleError as error:
-            if function in _USER_RULES.values():
+            if isinstance(function, UserRule):
                 raise
             _log.warning("the rule in %s does not describe this call: %s", where(function), error)
             return None
@@ -130,7 +149,8 @@ def along(call: OpCall, dims: Iterable[int], kind: str = "whole", **flags: Any) 
         changed = [names[dim] in over and size != shape[dim] for dim, size in enumerate(result)]
         groups.append(" ".join(made[dim] if new else names[dim] for dim, new in enumerate(changed)))
         over |= {made[dim] for dim, new in enumerate(changed) if new}
-    return from_notation(f"{' '.join(names)} -> {', '.join(groups)}", call, **{kind: over}, **flags)
+    kinds: dict[str, Any] = {kind: over}
+    return from_notation(f"{' '.join(names)} -> {', '.join(groups)}", call, **kinds, **flags)
 
 
 for _module in pkgutil.iter_modules(__path__):

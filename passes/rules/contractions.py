@@ -132,7 +132,7 @@ def kron(call: OpCall) -> OpRule:
     """Each dim of the result merges one of each operand: `a b, c d -> (a c) (b d)`."""
     ranks = [len(operand.shape) for operand in call.operands]
     left, right = (numbered(max(ranks), letter) for letter in "ab")
-    sizes = {}
+    sizes: dict[str, int] = {}
     for names, operand in zip((left, right), call.operands, strict=True):
         sizes |= dict.fromkeys(names, 1) | dict(
             zip(names[len(names) - len(operand.shape) :], operand.shape, strict=True)

@@ -31,7 +31,8 @@ def interpolate(call: OpCall) -> OpRule:
     """Dims that grow are `s -> (s k)` (each k times), or windows; those that shrink `(s k) -> s` (made of k neighbours)."""
     name = call.target._schema.name
     sizes_before, sizes_after = call.operands[0].shape[2:], call.outputs[0][2:]
-    before, after, moved, sizes = [], [], [], {}
+    before, after, moved = [], [], []
+    sizes: dict[str, int] = {}
     windows: dict[int, Window] = {}
     for n, (old, new, scale) in enumerate(
         zip(sizes_before, sizes_after, _scales(call, len(sizes_before)), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..notation import Local, OpCall, OpRule, Window, from_notation
+from ..notation import Local, OpCall, OpRule, Window, from_notation, shifted
 from . import numbered, rule
 from .slicing import some_of
 
@@ -28,7 +28,7 @@ def cat(call: OpCall) -> OpRule | None:
     parts = [f"part{position}" for position in range(len(lengths))]
     windows, ends = [], 0
     for position, (part, length) in enumerate(zip(parts, lengths)):
-        windows.append(Window(position, dim, part, "all", lambda start, stop, at=ends: (start - at, stop - at)))
+        windows.append(Window(position, dim, part, "all", shifted(-ends)))
         ends += length
     ranges = [(*some, "all") for some in some_of([part for part, length in zip(parts, lengths) if length > 1])]
     ranges = ranges or [("all",)]

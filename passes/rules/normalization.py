@@ -64,7 +64,8 @@ def instance_norm(call: OpCall) -> OpRule | None:
         if not here.shares(space):
             return emit(target, *args, **kwargs)
         shape = [here.sizes.get(axis, 1) for axis in ("b", "c", *space)]
-        return _normalize(emit, *args[:3], call["eps"], shape, ["b", "c"], space, here)[0]
+        x, weight, bias = args[:3]
+        return _normalize(emit, x, weight, bias, call["eps"], shape, ["b", "c"], space, here)[0]
 
     text = f"b c {' '.join(space)}, c, c -> b c {' '.join(space)}"
     combines = dict.fromkeys(space, (_statistic(call, "b", "c"),) * 2)

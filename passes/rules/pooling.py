@@ -60,7 +60,8 @@ def adaptive_pool(call: OpCall) -> OpRule:
     """Windows of equal size where the sizes divide: a mean over each, which ranks may share."""
     space = int(call.target._schema.name[-2])
     size, out = call.operands[0].shape[-space:], call.outputs[0][-space:]
-    before, after, sizes, moved, reduces = [], [], {}, [], []
+    before, after, moved, reduces = [], [], [], []
+    sizes: dict[str, int] = {}
     for n in range(space):
         if size[n] % out[n] == 0:
             before.append(f"(s{n} k{n})")

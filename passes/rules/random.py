@@ -3,7 +3,7 @@ would and keeps its part, and what cannot be drawn so stays whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -45,7 +45,7 @@ def _laid_out(emit, x, operand: Operand):
     return _ordered(emit, operand, make)
 
 
-def _drawn_whole(text: str, call: OpCall, is_random: bool = True, **axes: Iterable[str]) -> OpRule:
+def _drawn_whole(text: str, call: OpCall, is_random: bool = True, **axes: Any) -> OpRule:
     """A rule whose serial form is the whole call, on operands that lie in memory as one device's do."""
 
     def serial(emit, target, args, kwargs, here: Local):

@@ -6,9 +6,11 @@ range begins.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from ..notation import Local, OpCall, OpRule, Window, from_notation
+from ..notation import Local, OpCall, OpRule, Window, from_notation, shifted
 from . import along, numbered, rule
 from .sliding import with_windows
 
@@ -21,10 +23,7 @@ def flip(call: OpCall) -> OpRule:
     shape = call.operands[0].shape
     names = [f"d{position}" for position in range(len(shape))]
     dims = [call.dim(dim) for dim in call["dims"]]
-    windows = tuple(
-        Window(0, dim, names[dim], names[dim], lambda start, stop, size=shape[dim]: (size - stop, size - start))
-        for dim in dims
-    )
+    windows = tuple(Window(0, dim, names[dim], names[dim], _flipped(shape[dim])) for dim in dims)
     return _in_place(call, names, windows)
 
 
@@ -39,10 +38,26 @@ def roll(call: OpCall) -> OpRule:
     if not dims or len(set(dims)) != len(dims):
         return from_notation(f"{' '.join(names)} -> {' '.join(names)}", call, moved=names)
     windows = tuple(
-        Window(0, dim, names[dim], names[dim], lambda a, b, shift=shift: (a - shift, b - shift), True, computes=True)
+        Window(0, dim, names[dim], names[dim], shifted(-shift), True, computes=True)
         for dim, shift in zip(dims, shifts)
     )
     return _in_place(call, names, windows, shifts)
+
+
+def _flipped(size: int) -> Callable[[int, int], tuple[int, int]]:
+    return lambda start, stop: (size - stop, size - start)
+
+
+def _padded(mode: str, left: int, size: int) -> Callable[[int, int], tuple[int, int]]:
+    """What a range of a padded dim needs of the `size` elements that it had, `left` of padding before them."""
+    if mode == "replicate":
+        return lambda a, b: (min(max(a - left, 0), size - 1), max(min(b - left, size), 1))
+    if mode == "reflect":
+        return lambda a, b: (
+            max(min(a - left, 2 * size - 1 - (b - left)), 0),
+            min(max(b - left, left - a + 1), size),
+        )
+    return shifted(-left)
 
 
 def _in_place(call: OpCall, names: list[str], windows: tuple[Window, ...], shifts: list[int] | None = None) -> OpRule:
@@ -97,20 +112,8 @@ def pad(call: OpCall) -> OpRule | None:
         before.append(f"i{n}")
         after.append(f"o{n}")
         size = shape[n]
-        needs = {
-            "constant": lambda a, b, left=left: (a - left, b - left),
-            "circular": lambda a, b, left=left: (a - left, b - left),
-            "replicate": lambda a, b, left=left, size=size: (
-                min(max(a - left, 0), size - 1),
-                max(min(b - left, size), 1),
-            ),
-            "reflect": lambda a, b, left=left, size=size: (
-                max(min(a - left, 2 * size - 1 - (b - left)), 0),
-                min(max(b - left, left - a + 1), size),
-            ),
-        }[mode]
         fill = value if mode == "constant" else None
-        windows[n] = Window(0, n, f"i{n}", f"o{n}", needs, wraps=mode == "circular", fill=fill)
+        windows[n] = Window(0, n, f"i{n}", f"o{n}", _padded(mode, left, size), wraps=mode == "circular", fill=fill)
 
     def local(emit, target, args, kwargs, here: Local):
         x, margins, cuts = args[0], list(ends), {}

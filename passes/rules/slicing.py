@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..notation import Local, OpCall, OpRule, Window, from_notation, within
+from ..notation import Local, OpCall, OpRule, Window, from_notation, shifted, within
 from . import numbered, rule
 
 aten = torch.ops.aten
@@ -173,9 +173,7 @@ def _unequal_pieces(call: OpCall, names: list[str], dim: int, lengths: list[int]
     the piece, and 0 for the rest."""
     own, pieces = names[dim], numbered(len(lengths), "piece")
     starts = list(itertools.accumulate(lengths, initial=0))
-    windows = [
-        Window(0, dim, own, piece, lambda start, stop, at=at: (start + at, stop + at)) for piece, at in zip(pieces, starts)
-    ]
+    windows = [Window(0, dim, own, piece, shifted(at)) for piece, at in zip(pieces, starts)]
     sums = call.operands[0].dtype != torch.bool
     long = [piece for piece, length in zip(pieces, lengths) if length > 1]
     ranges = [(own, *some) for some in some_of(long) if sums or len(some) == len(pieces)]
