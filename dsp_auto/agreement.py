@@ -5,6 +5,7 @@ The checks go over a gloo group of their own, so that on GPUs they neither wait 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import pickle
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from .failures import failed
 
 # Of each set of ranks and patience, the group and the world that it was made in.
 _groups: dict[tuple[tuple[int, ...], timedelta], tuple[Any, Any]] = {}
+atexit.register(_groups.clear)  # `destroy_process_group` does not know them, and their threads end before the interpreter
 
 
 def gloo_group(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Any:

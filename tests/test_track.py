@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import operator
@@ -202,8 +203,13 @@ class Loss(torch.autograd.Function):
 
 def allocated(run, path) -> int:
     """The most bytes that were there at once while `run()` ran, over those before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
+    gc.collect()
+    gc.disable()  # what other tests left behind would be freed inside
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            run()
+    finally:
+        gc.enable()
     found.export_chrome_trace(str(path))
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     changes = [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])]
