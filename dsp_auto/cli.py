@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -45,10 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     can run; and 2 with one line on stderr where the input is bad, and more where `explain` finds what would fit."""
     try:
         options = _parser().parse_args(argv)
-        return options.run(options)
+        found = options.run(options)
+        sys.stdout.flush()
+        return found
     except DspError as error:
         _print_error(error)
         return 2
+    except BrokenPipeError:  # whoever reads has read enough: `dsp-auto explain ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 1
 
 
 def explain(options: argparse.Namespace) -> int:

@@ -447,3 +447,10 @@ def test_a_demo_that_cannot_be_planned_is_one_line_and_exit_code_2(capfd):
     assert cli.main([*TINY_DEMO, "tokens=1", "frames=1"]) == 2
     err = capfd.readouterr().err
     assert "no sequence factor" in err and len(err.splitlines()) == 1, err
+
+
+def test_a_reader_that_has_read_enough_gets_no_traceback():
+    command = [sys.executable, "-m", "dsp_auto.cli", "rules", "aten::linear"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
