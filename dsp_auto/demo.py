@@ -60,11 +60,10 @@ def describe(found: Sequence[Comparison]) -> tuple[str, bool]:
     agrees = all(row[-1] == "ok" for row in deviations) and all(row[-1] == "equal" for row in wire)
     head = ["largest deviation from one device", "relative", "allowed", ""]
     wire_head = ["wire bytes per device", "", "collectives", "predicted", "measured", ""]
-    right = {"disable_numparse": True}
     parts = [
         str(found[0].plan),
-        tabulate(deviations, head, **right, colalign=("left", "right", "right", "left")),
-        tabulate(wire, wire_head, **right, colalign=("left", "left", "right", "right", "right", "left")),
+        tabulate(deviations, head, disable_numparse=True, colalign=("left", "right", "right", "left")),
+        tabulate(wire, wire_head, disable_numparse=True, colalign=("left", "left", "right", "right", "right", "left")),
     ]
     return "\n\n".join(parts), agrees
 

@@ -76,9 +76,8 @@ class Verification:
             if own is not None
         ]
         head = ["largest deviation from one device", "of", "relative", "allowed", ""]
-        right = {"disable_numparse": True}
         if rows:
-            lines += ["", tabulate(rows, head, **right, colalign=("left", "left", "right", "right", "left"))]
+            lines += ["", tabulate(rows, head, disable_numparse=True, colalign=("left", "left", "right", "right", "left"))]
         if self.traffic:
             wire = [
                 [
@@ -91,7 +90,7 @@ class Verification:
                 for entry in self.traffic
             ]
             wire_head = ["wire bytes per device", "", "planned", "sent", ""]
-            lines += ["", tabulate(wire, wire_head, **right, colalign=("left", "left", "right", "right", "left"))]
+            lines += ["", tabulate(wire, wire_head, disable_numparse=True, colalign=("left", "left", "right", "right", "left"))]
         if self.output is not None:
             predicted, issued = self.collectives
             lines += ["", f"collectives of the first rank: {predicted} predicted, {issued} issued"]

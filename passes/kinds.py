@@ -74,7 +74,7 @@ def find_kinds(program: Program, made: Factors) -> Kinds:
         if op.rule is not None
         for window in op.rule.windows
     ]
-    graph = networkx.Graph()
+    graph: networkx.Graph[int] = networkx.Graph()
     graph.add_nodes_from(whole - feature)
     graph.add_edges_from(edge for group in joined for edge in itertools.pairwise(group))
     groups = (frozenset(group) for group in networkx.connected_components(graph) if group & whole)

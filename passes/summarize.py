@@ -189,7 +189,7 @@ def group_stages(problem: Problem, choice: Sequence[int]) -> list[list[Stage]]:
     """What a plan shows as one stage: stages connected by uses that reshard nothing, on the same factors, with equally many
     reshardings before them. So a group never waits for what another makes of its own results."""
     graph = problem.graph
-    links = networkx.Graph()
+    links: networkx.Graph[int] = networkx.Graph()
     links.add_nodes_from(stage.index for stage in graph.stages if stage.kind in (OP, OUTPUT))
     reshardings_before = dict.fromkeys(links, 0)
     same_layout = []
