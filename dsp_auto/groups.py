@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -69,10 +70,17 @@ def _group(ranks: tuple[int, ...], timeout: timedelta) -> Any:
     if ranks == tuple(range(dist.get_world_size())):
         return world
     if key not in _made or _made[key][0] is not world:
+        ascend = list(ranks) == sorted(ranks)
+        if not ascend and "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+            raise MeshError(
+                asked=f"a process group of the ranks {', '.join(map(str, ranks))}, in this order",
+                found=f"torch {torch.__version__} makes groups of ascending ranks only",
+                remedy="make a mesh whose ranks ascend (init_device_mesh does), or use torch 2.13",
+            )
         _even_out(ranks, timeout)
         # Named after its ranks, so that ranks outside of it need not take part.
         make = partial(dist.new_group, list(ranks), timeout, use_local_synchronization=True)
-        _made[key] = (world, make() if list(ranks) == sorted(ranks) else make(sort_ranks=False))
+        _made[key] = (world, make() if ascend else make(sort_ranks=False))
     return _made[key][1]
 
 

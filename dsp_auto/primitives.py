@@ -476,7 +476,8 @@ def _run_reduce_scatter(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
     shape = _resized(x, dim, sizes[at.rank])
     packed = _pack(x, dim, sizes)
     if _is_even(sizes):
-        return _communicate(_c10d.reduce_scatter_tensor, at, packed, "sum", at.ranks, at.group).view(shape)
+        flat = packed.contiguous()  # which the gradient of a sum is not
+        return _communicate(_c10d.reduce_scatter_tensor, at, flat, "sum", at.ranks, at.group).view(shape)
     rest = _numel_without(x, dim)  # reduce-scatter wants equal shards: exchange the terms and sum them here
     terms = _all_to_all(packed, [sizes[at.rank] * rest] * at.ranks, [n * rest for n in sizes], at)
     return terms.view(at.ranks, *shape).sum(0, dtype=x.dtype)
