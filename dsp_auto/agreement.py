@@ -8,8 +8,10 @@ from __future__ import annotations
 import atexit
 import hashlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .c10d import timeout_of_mesh, world_store
-from .errors import AgreementError, CommunicationError, MeshError
+from .errors import AgreementError, MeshError
 from .failures import failed
 
 # Of each set of ranks and patience, the group and the world that it was made in.
@@ -25,7 +27,7 @@ _groups: dict[tuple[tuple[int, ...], timedelta], tuple[Any, Any]] = {}
 atexit.register(_groups.clear)  # `destroy_process_group` does not know them, and their threads end before the interpreter
 
 
-def gloo_group(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Any:
+def _gloo_group(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Any:
     """A ProcessGroupGloo (whose stub leaves collectives out) of `ranks`, made by these ranks alone.
 
     Not `dist.new_group`: it either waits for all ranks of the world, or names the group after how many groups this process
@@ -36,6 +38,32 @@ def gloo_group(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Any:
         store = dist.PrefixStore(f"dsp_auto/{key}", world_store())
         _groups[key] = (world, dist.ProcessGroupGloo(store, rank, len(ranks), timeout))
     return _groups[key][1]
+
+
+def begin_gather(ranks: tuple[int, ...], rank: int, timeout: timedelta, own: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+    """Begins to gather the tensors of some ranks, of which this is `ranks[rank]`; the result waits for them.
+
+    Raises CommunicationError, at once or in waiting, where one of them does not come.
+    """
+    found = [torch.empty_like(own) for _ in ranks]
+    with _told(ranks):
+        work = _gloo_group(ranks, rank, timeout).allgather([found], [own])
+
+    def wait() -> list[torch.Tensor]:
+        with _told(ranks):
+            work.wait()
+        return found
+
+    return wait
+
+
+@contextmanager
+def _told(ranks: Sequence[int]) -> Iterator[None]:
+    """Inside, what gloo raises names the ranks that did not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise failed(ranks, "to agree on what all ranks run next", "", error) from error
 
 
 class Agreement:
@@ -77,25 +105,12 @@ class Agreement:
 
         return finish
 
+    @cached_property
+    def _timeout(self) -> timedelta:
+        return timeout_of_mesh(self._mesh)
+
     def _gather_tensors(self, own: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
-        """Begins to gather every rank's tensor; the result waits for them."""
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        try:
-            work = gloo_group(self.ranks, self.rank, timeout_of_mesh(self._mesh)).allgather([found], [own])
-        except RuntimeError as error:
-            raise self._failed(error) from error
-
-        def wait() -> list[torch.Tensor]:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise self._failed(error) from error
-            return found
-
-        return wait
-
-    def _failed(self, error: RuntimeError) -> CommunicationError:
-        return failed(self.ranks, "to agree on what all ranks run next", "", error)
+        return begin_gather(self.ranks, self.rank, self._timeout, own)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""

@@ -23,7 +23,7 @@ def failed(group: str | Sequence[int], asked: str, where: str, error: Exception)
     try:
         ranks = list(dist.get_process_group_ranks(group_called(group)) if isinstance(group, str) else group)
         missing = _silent(ranks)
-    except Exception:  # the store's process is gone too, or there is no process group
+    except (RuntimeError, ValueError):  # the store's process is gone too, or there is no process group
         missing = None
     if missing:
         who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"

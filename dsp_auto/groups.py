@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .agreement import gloo_group
+from .agreement import begin_gather
 from .c10d import groups_known, timeout_of_mesh
 from .errors import MeshError
 from .mesh import Mesh
@@ -91,7 +91,6 @@ def _even_out(ranks: tuple[int, ...], timeout: timedelta) -> None:
     wait for each other for ever. So those that know fewer make some more, alone in them.
     """
     own = torch.tensor([groups_known()])
-    known = [torch.empty_like(own) for _ in ranks]
-    gloo_group(ranks, ranks.index(dist.get_rank()), timeout).allgather([known], [own]).wait()
+    known = begin_gather(ranks, ranks.index(dist.get_rank()), timeout, own)()
     for _ in range(int(max(known) - own)):
         dist.new_group([dist.get_rank()], use_local_synchronization=True)

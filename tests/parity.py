@@ -12,7 +12,9 @@ from torch.utils import _pytree as pytree
 from dsp_auto.verify import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, deviation, gradients
 from dsp_auto.verify import compare as compare_on_ranks
 
-__all__ = ["GRADIENT_TOLERANCE", "OUTPUT_TOLERANCE", "compare", "deviation", "gradients", "sp_mesh"]
+__all__ = ["GRADIENT_TOLERANCE", "OUTPUT_TOLERANCE", "TORCH", "compare", "deviation", "gradients", "sp_mesh"]
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])  # (2, 13)
 
 
 def sp_mesh(ranks: int) -> DeviceMesh:

@@ -21,10 +21,9 @@ from dsp_auto import parameters
 from dsp_auto.mesh import Mesh
 from dsp_auto.verify import gradients, traffic
 from examples.transformer_2d import build as fused
-from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, compare, deviation, sp_mesh
+from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, TORCH, compare, deviation, sp_mesh
 
 STRATEGIES = ("megatron-lm", "megatron-sp")
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SMALL = {"layers": 1, "hidden": 16, "heads": 4, "frames": 4, "tokens": 8, "batch": 2}
 
 

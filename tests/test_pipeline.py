@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import dsp_auto
 from examples.train_pipeline import Part
 from examples.transformer_2d import build as transformer_2d
-from tests.parity import GRADIENT_TOLERANCE, deviation
+from tests.parity import GRADIENT_TOLERANCE, TORCH, deviation
 
 SMALL = dict(layers=2, hidden=16, heads=2, frames=5, tokens=7, batch=4)
 # Of each schedule: how many stages a rank of the two holds, and whether stages are told what they take and give.
@@ -59,7 +59,6 @@ def _pipeline(rank, ranks, order, name, held, told, steps=2):
     return worst, [len(stage.submod.plans) for stage in stages], {s.layout["sp"] for s in stages[0].submod.plan.stages}
 
 
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
