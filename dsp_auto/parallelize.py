@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from . import fsdp
 from .agreement import Agreement
 from .capacity import find_capacity
+from .collectives import before_first_collective
 from .compiled import Compiled, Programs
 from .cost_models.state import TrainingState
 from .decision import check_mesh, check_same, find_fitting, restore
@@ -52,7 +53,6 @@ from .passes.segments import Home, cut
 from .passes.stages import MAY_STAY_WHOLE
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
-from .primitives import before_first_collective
 from .progress import log_plan, step
 from .randomness import on_shard
 from .signature import Signature, as_text, describe, named_inputs, signature, whole_shape

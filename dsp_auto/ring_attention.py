@@ -35,8 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsp_auto.collectives import At, c10d, exchange, issue, site, wait
 from dsp_auto.errors import DspError, LayoutError
-from dsp_auto.primitives import _At, _c10d, _exchange, _issue, _resized, _site, _wait, _wants_grad, _Ways
+from dsp_auto.moves import Ways, resized
+from dsp_auto.primitives import wants_grad
 from dsp_auto.shards import exchanged, shard_sizes
 
 _library = torch.library.Library("dsp", "FRAGMENT")  # unregisters its op when collected, so it must live
@@ -94,10 +96,10 @@ _Span = tuple[int, int]  # start and stop, counted over the whole sequence
 
 
 class _Deal(NamedTuple):
-    """Who holds which rows of a sequence, and which chunks of it every rank computes with: one `_Ways` per chunk."""
+    """Who holds which rows of a sequence, and which chunks of it every rank computes with: one `Ways` per chunk."""
 
     held: tuple[int, ...]
-    chunks: tuple[_Ways, ...]
+    chunks: tuple[Ways, ...]
 
     @classmethod
     def of(cls, held: tuple[int, ...], is_balanced: bool) -> _Deal:
@@ -105,7 +107,7 @@ class _Deal(NamedTuple):
         cuts = [0, *itertools.accumulate(shard_sizes(sum(held), 2 * ranks) if is_balanced else held)]
         even = range(0, 2 * ranks, 2)
         numbers = (even, [2 * ranks - 1 - n for n in even]) if is_balanced else (range(ranks),)
-        ways = (_Ways(held, tuple(cuts[n] for n in each), tuple(cuts[n + 1] for n in each)) for each in numbers)
+        ways = (Ways(held, tuple(cuts[n] for n in each), tuple(cuts[n + 1] for n in each)) for each in numbers)
         return cls(held, tuple(ways))
 
     def spans(self, rank: int) -> list[_Span]:
@@ -205,7 +207,7 @@ def _ring_attention(
     *,
     where: str = "",
 ) -> Tensor:
-    at = _site("ring", ranks, rank, group, where)
+    at = site("ring", ranks, rank, group, where)
     _check(q, k, v, mask, queries, keys, is_causal, enable_gqa, at)
     if ranks == 1:
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -215,7 +217,7 @@ def _ring_attention(
         q.shape[-3] // k.shape[-3] if enable_gqa else 1,
         _leading(q, k, v, enable_gqa),
     )
-    if any(x is not None and _wants_grad(x) for x in (q, k, v, mask)):
+    if any(x is not None and wants_grad(x) for x in (q, k, v, mask)):
         return _Ring.apply(q, k, v, mask, how, at)
     return _run_ring(q, k, v, mask, how, at)[0]
 
@@ -261,7 +263,7 @@ class _How(NamedTuple):
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: _How, at: _At) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: _How, at: At) -> Tensor:
         out, saved = _run_ring(q, k, v, mask, how, at)
         ctx.save_for_backward(mask, *itertools.chain.from_iterable(saved))
         ctx.how, ctx.at, ctx.chunks = how, at, len(saved[0])
@@ -282,7 +284,7 @@ class _Ring(torch.autograd.Function):
 
 
 def _run_ring(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: _How, at: _At
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: _How, at: At
 ) -> tuple[Tensor, tuple[list[Tensor], ...]]:
     """The output, and per chunk what its backward wants: queries, keys, values, output, log-sum-exp."""
     rows, columns = how.schedule.queries, how.schedule.keys
@@ -305,7 +307,7 @@ def _run_ring(
 
 
 def _run_ring_back(
-    grad: Tensor, mask: Tensor | None, saved: list[list[Tensor]], wanted: Sequence[bool], how: _How, at: _At
+    grad: Tensor, mask: Tensor | None, saved: list[list[Tensor]], wanted: Sequence[bool], how: _How, at: At
 ) -> tuple[Tensor | None, ...]:
     q_chunks, k_chunks, v_chunks, outs, lse = saved
     schedule, wide = how.schedule, _accumulator(grad.dtype)
@@ -361,7 +363,7 @@ def _run_ring_back(
 
 
 def _round(
-    k_chunks: list[Tensor], v_chunks: list[Tensor], schedule: _Schedule, at: _At
+    k_chunks: list[Tensor], v_chunks: list[Tensor], schedule: _Schedule, at: At
 ) -> Iterator[tuple[int, dict[int, tuple[Tensor, Tensor]]]]:
     """Hop by hop: whose keys are here, and its chunks of keys and values by number. The next are under way meanwhile."""
     here = dict(enumerate(zip(k_chunks, v_chunks)))
@@ -373,7 +375,7 @@ def _round(
             going = [x for i in schedule.coming((at.rank + 1) % at.ranks, hop + 1) for x in here[i]]
             coming = schedule.coming(at.rank, hop + 1)
             spans = schedule.keys.spans((origin - 1) % at.ranks)
-            shapes = [_resized(x, -2, spans[i][1] - spans[i][0]) for i in coming for x in templates]
+            shapes = [resized(x.shape, -2, spans[i][1] - spans[i][0]) for i in coming for x in templates]
             arriving = _send(going, shapes, (at.rank + 1) % at.ranks, (at.rank - 1) % at.ranks, templates[0], at)
         yield origin, here
         if hop < schedule.hops:
@@ -388,7 +390,7 @@ def _send_home(
     wanted: Sequence[bool],
     dtype: torch.dtype,
     schedule: _Schedule,
-    at: _At,
+    at: At,
 ) -> Callable[[], None]:
     """Sends rank - hop the gradients of its keys and values. What is returned waits for ours and adds them."""
     source = (at.rank + hop) % at.ranks
@@ -405,7 +407,7 @@ def _send_home(
 
 
 def _send(
-    parts: list[Tensor], shapes: list[list[int]], to: int, source: int, like: Tensor, at: _At
+    parts: list[Tensor], shapes: list[list[int]], to: int, source: int, like: Tensor, at: At
 ) -> Callable[[], list[Tensor]]:
     """Sends tensors to one rank in one collective; the result waits for those of the given shapes from another."""
     sizes = [math.prod(shape) for shape in shapes]
@@ -413,28 +415,28 @@ def _send(
     wire = torch.cat(flat) if len(flat) > 1 else flat[0].contiguous()
     sends, receives = [0] * at.ranks, [0] * at.ranks
     sends[to], receives[source] = wire.numel(), sum(sizes)
-    issued = _issue(_c10d.all_to_all_single, at, wire, receives, sends, at.group)
+    issued = issue(c10d.all_to_all_single, at, wire, receives, sends, at.group)
 
-    def wait() -> list[Tensor]:
-        received = _wait(issued, at)
-        return [part.view(shape) for part, shape in zip(received.split(sizes), shapes)] if sizes else []
+    def received() -> list[Tensor]:
+        flat = wait(issued, at)
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes)] if sizes else []
 
-    return wait
+    return received
 
 
 def _nothing() -> None:
     """Nothing is under way."""
 
 
-def _deal(xs: list[Tensor], deals: list[_Deal], at: _At) -> list[list[Tensor]]:
+def _deal(xs: list[Tensor], deals: list[_Deal], at: At) -> list[list[Tensor]]:
     """Every tensor's chunks for this rank, fetched in one collective; rows are dim -2."""
     sends: list[tuple[int, Tensor]] = []
     receives: list[tuple[int, list[int]]] = []
     for x, deal in zip(xs, deals):
         for way in deal.chunks:
             sends += [(to, x.narrow(-2, a, b - a)) for to, a, b in way.from_rank(at.rank) if to != at.rank]
-            receives += [(r, _resized(x, -2, b - a)) for r, a, b in way.of(at.rank) if r != at.rank]
-    received = iter(_exchange(xs[0], sends, receives, at, any(deal.moved for deal in deals)))
+            receives += [(r, resized(x.shape, -2, b - a)) for r, a, b in way.of(at.rank) if r != at.rank]
+    received = iter(exchange(xs[0], sends, receives, at, any(deal.moved for deal in deals)))
     return [
         [
             _joined([x.narrow(-2, a, b - a) if r == at.rank else next(received) for r, a, b in way.of(at.rank)], x)
@@ -444,7 +446,7 @@ def _deal(xs: list[Tensor], deals: list[_Deal], at: _At) -> list[list[Tensor]]:
     ]
 
 
-def _bring_home(xs: list[list[Tensor]], deals: list[_Deal], at: _At) -> list[Tensor]:
+def _bring_home(xs: list[list[Tensor]], deals: list[_Deal], at: At) -> list[Tensor]:
     """The inverse of `_deal`: of every tensor the rows that this rank holds."""
     sends: list[tuple[int, Tensor]] = []
     receives: list[tuple[int, list[int]]] = []
@@ -455,8 +457,8 @@ def _bring_home(xs: list[list[Tensor]], deals: list[_Deal], at: _At) -> list[Ten
             parts = chunk.split([b - a for _, a, b in own], -2) if own else ()
             sends += [(r, part) for (r, _, _), part in zip(own, parts) if r != at.rank]
             kept.append([part for (r, _, _), part in zip(own, parts) if r == at.rank])
-            receives += [(to, _resized(chunk, -2, b - a)) for to, a, b in way.from_rank(at.rank) if to != at.rank]
-    received = iter(_exchange(xs[0][0], sends, receives, at, any(deal.moved for deal in deals)))
+            receives += [(to, resized(chunk.shape, -2, b - a)) for to, a, b in way.from_rank(at.rank) if to != at.rank]
+    received = iter(exchange(xs[0][0], sends, receives, at, any(deal.moved for deal in deals)))
     staying, home = iter(kept), []
     for chunks, deal in zip(xs, deals):
         rows: list[tuple[int, Tensor]] = []
@@ -469,7 +471,7 @@ def _bring_home(xs: list[list[Tensor]], deals: list[_Deal], at: _At) -> list[Ten
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
     if not parts:
-        return like.new_empty(_resized(like, -2, 0))
+        return like.new_empty(resized(like.shape, -2, 0))
     return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
 
 
@@ -735,7 +737,7 @@ def _check(
     keys: list[int],
     is_causal: bool,
     enable_gqa: bool,
-    at: _At,
+    at: At,
 ) -> None:
     _check_lengths(queries, keys)
     shapes = [list(x.shape) for x in (q, k, v)]

@@ -101,9 +101,9 @@ def test_ranks_that_wait_for_a_slow_one_raise_after_the_timeout_of_the_meshs_gro
 def _out_of_memory_on_one(rank, ranks):
     x = torch.randn(4, 6)
     with pytest.raises(torch.OutOfMemoryError):
-        from dsp_auto.primitives import _At, _told
+        from dsp_auto.collectives import At, told
 
-        with _told(_At(ranks, rank, "", "switch", ""), x):
+        with told(At(ranks, rank, "", "switch", ""), x):
             raise torch.OutOfMemoryError("no room")
     return True
 

@@ -12,10 +12,11 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import dsp_auto.primitives  # noqa: F401  registers torch.ops.dsp
 from dsp_auto.errors import LayoutError
 from dsp_auto.measure import CountCollectives
+from dsp_auto.primitives import IN_HALVES
 from dsp_auto.shards import shard_range, shard_sizes
 
 dsp = torch.ops.dsp
@@ -40,6 +41,26 @@ def _strided(x):
     gap = torch.zeros([*x.shape, 2], dtype=x.dtype)
     gap[..., 0] = x
     return gap[..., 0].mT.contiguous().mT if x.ndim > 1 else gap[..., 0]
+
+
+class _InHalves:
+    """The primitives, those that come in halves as one half after the other, with other work between them."""
+
+    def __getattr__(self, name):
+        if name not in IN_HALVES:
+            return getattr(dsp, name)
+        start, wait = getattr(dsp, f"start_{name}"), getattr(dsp, f"wait_{name}")
+
+        def op(x, *args):
+            coming, flight = start(x, *args)
+            torch.ones(3).sum()
+            return wait(coming, flight, *args)
+
+        return op
+
+
+WAYS = {"whole": dsp, "in halves": _InHalves()}
+in_both_ways = pytest.mark.parametrize("way", WAYS)
 
 
 def _vjp(op, x, grad, *args):
@@ -85,24 +106,27 @@ CASES = [  # ranks, shape, gather_dim, scatter_dim
 ]
 
 
-def _check_switch(rank, ranks, shape, i, j):
+def _check_switch(rank, ranks, shape, i, j, way="whole"):
+    ops = WAYS[way]
     at = (ranks, rank, _group())
     for dtype in (torch.float32, torch.bfloat16):
         x, g = _whole(shape, dtype), _whole(shape, dtype, seed=1)
         for prepare in (torch.Tensor.contiguous, _strided):
             mine, its_grad = prepare(_shard(x, i, ranks, rank)), prepare(_shard(g, j, ranks, rank))
-            y, grad = _vjp(dsp.switch, mine, its_grad, i, shape[i], j, *at)
+            y, grad = _vjp(ops.switch, mine, its_grad, i, shape[i], j, *at)
             assert y.is_contiguous() and y.dtype == dtype
             assert torch.equal(y, _shard(x, j, ranks, rank))
             assert torch.equal(grad, _shard(g, i, ranks, rank))
 
 
+@in_both_ways
 @pytest.mark.parametrize("ranks, shape, i, j", CASES)
-def test_switch_moves_the_shard_and_switch_backward_is_switch_back(world, ranks, shape, i, j):
-    world(ranks).run(_check_switch, shape, i, j)
+def test_switch_moves_the_shard_and_switch_backward_is_switch_back(world, ranks, shape, i, j, way):
+    world(ranks).run(_check_switch, shape, i, j, way)
 
 
-def _check_one_dim(rank, ranks, shape, dim):
+def _check_one_dim(rank, ranks, shape, dim, way="whole"):
+    ops = WAYS[way]
     at = (ranks, rank, _group())
     start, length = shard_range(shape[dim], ranks, rank)
     for dtype in (torch.float32, torch.bfloat16):
@@ -116,59 +140,64 @@ def _check_one_dim(rank, ranks, shape, dim):
                 # The gradient of a Replicate is the same on all ranks, or with `partial` a term on each.
                 given, grad_total = (grads[rank], sum(grads)) if partial else (g, g)
 
-                y, grad = _vjp(dsp.split, prepare(x), prepare(its_grad), dim, *at, partial)
+                y, grad = _vjp(ops.split, prepare(x), prepare(its_grad), dim, *at, partial)
                 assert y.is_contiguous() and torch.equal(y, mine)
                 assert torch.equal(grad, only_mine if partial else g)
 
-                y, grad = _vjp(dsp.gather, prepare(mine), prepare(given), dim, shape[dim], *at, partial)
+                y, grad = _vjp(ops.gather, prepare(mine), prepare(given), dim, shape[dim], *at, partial)
                 assert y.is_contiguous() and torch.equal(y, x)
                 assert torch.equal(grad, _shard(grad_total, dim, ranks, rank))
 
-                y, grad = _vjp(dsp.reduce, prepare(terms[rank]), prepare(given), *at, partial)
+                y, grad = _vjp(ops.reduce, prepare(terms[rank]), prepare(given), *at, partial)
                 assert y.is_contiguous() and torch.equal(y, sum(terms))
                 assert torch.equal(grad, grad_total)
 
-            y, grad = _vjp(dsp.reduce_scatter, prepare(terms[rank]), prepare(its_grad), dim, *at)
+            y, grad = _vjp(ops.reduce_scatter, prepare(terms[rank]), prepare(its_grad), dim, *at)
             assert y.is_contiguous() and y.dtype == dtype
             assert torch.equal(y, _shard(sum(terms), dim, ranks, rank))
             assert torch.equal(grad, g)
 
 
+@in_both_ways
 @pytest.mark.parametrize("ranks, shape, dim, _", CASES)
-def test_split_gather_reduce_and_reduce_scatter_equal_one_process(world, ranks, shape, dim, _):
-    world(ranks).run(_check_one_dim, shape, dim)
+def test_split_gather_reduce_and_reduce_scatter_equal_one_process(world, ranks, shape, dim, _, way):
+    world(ranks).run(_check_one_dim, shape, dim, way)
 
 
-def _check_other_dtypes(rank, ranks):
+def _check_other_dtypes(rank, ranks, way="whole"):
+    ops = WAYS[way]
     for shape in [(2, 8, 6), (2, 7, 5), (1, 3, 2)]:
         for dtype in (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.complex64):
             x = _whole(shape, dtype)
             mine = _shard(x, 1, ranks, rank)
-            assert torch.equal(dsp.switch(mine, 1, shape[1], 2, ranks, rank, _group()), _shard(x, 2, ranks, rank))
-            assert torch.equal(dsp.gather(mine, 1, shape[1], ranks, rank, _group()), x)
-            assert torch.equal(dsp.split(x, 1, ranks, rank, _group()), mine)
+            assert torch.equal(ops.switch(mine, 1, shape[1], 2, ranks, rank, _group()), _shard(x, 2, ranks, rank))
+            assert torch.equal(ops.gather(mine, 1, shape[1], ranks, rank, _group()), x)
+            assert torch.equal(ops.split(x, 1, ranks, rank, _group()), mine)
         x = _whole(shape, torch.int64)
-        assert torch.equal(dsp.reduce(x, ranks, rank, _group()), ranks * x)
-        scattered = dsp.reduce_scatter(x, 1, ranks, rank, _group())
+        assert torch.equal(ops.reduce(x, ranks, rank, _group()), ranks * x)
+        scattered = ops.reduce_scatter(x, 1, ranks, rank, _group())
         assert torch.equal(scattered, _shard(ranks * x, 1, ranks, rank)) and scattered.dtype == x.dtype
 
 
-def test_bool_integer_and_complex_shards_move(world):
-    world(2).run(_check_other_dtypes)
-    world(3).run(_check_other_dtypes)
+@in_both_ways
+def test_bool_integer_and_complex_shards_move(world, way):
+    world(2).run(_check_other_dtypes, way)
+    world(3).run(_check_other_dtypes, way)
 
 
-def _check_empty(rank, ranks):
+def _check_empty(rank, ranks, way="whole"):
+    ops = WAYS[way]
     x = torch.zeros(2, 0, 4, requires_grad=True)
-    assert dsp.gather(x, 1, 0, ranks, rank, _group()).shape == (2, 0, 4)
-    y = dsp.switch(x, 1, 0, 2, ranks, rank, _group())
+    assert ops.gather(x, 1, 0, ranks, rank, _group()).shape == (2, 0, 4)
+    y = ops.switch(x, 1, 0, 2, ranks, rank, _group())
     assert y.shape == (2, 0, len(_shard(torch.arange(4), 0, ranks, rank)))
     y.sum().backward()
     assert x.grad.shape == x.shape
 
 
-def test_a_tensor_without_elements_passes(world):
-    world(2).run(_check_empty)
+@in_both_ways
+def test_a_tensor_without_elements_passes(world, way):
+    world(2).run(_check_empty, way)
 
 
 def _check_negative_dims(rank, ranks):
@@ -267,7 +296,8 @@ def _second_order(x, weight, compute):
     return x.grad
 
 
-def _check_double_backward(rank, ranks, size):
+def _check_double_backward(rank, ranks, size, way="whole"):
+    ops = WAYS[way]
     at = (ranks, rank, _group())
     x, v = _whole((2, size, 3)).double(), _whole((2, size, 3), seed=1).double()
     scales = [_whole((2, size, 3), seed=5 + r).double() for r in range(ranks)]
@@ -277,24 +307,24 @@ def _check_double_backward(rank, ranks, size):
 
     plain, scaled = _second_order(x, v, lambda x: [x]), _second_order(x, v, lambda x: [x * s for s in scales])
     for name, result, want in [
-        ("switch", _second_order(mine(x), mine(v), lambda x: [dsp.switch(x, 1, size, 2, *at)]), mine(plain)),
-        ("split", _second_order(x, v, lambda x: [dsp.gather(dsp.split(x, 1, *at), 1, size, *at)]), plain),
-        ("gather", _second_order(mine(x), mine(v), lambda x: [dsp.gather(x, 1, size, *at)]), mine(plain)),
+        ("switch", _second_order(mine(x), mine(v), lambda x: [ops.switch(x, 1, size, 2, *at)]), mine(plain)),
+        ("split", _second_order(x, v, lambda x: [ops.gather(ops.split(x, 1, *at), 1, size, *at)]), plain),
+        ("gather", _second_order(mine(x), mine(v), lambda x: [ops.gather(x, 1, size, *at)]), mine(plain)),
         (
             "gather, partial",
-            _second_order(mine(x), mine(v), lambda x: [dsp.gather(x, 1, size, *at, True) * scales[rank]]),
+            _second_order(mine(x), mine(v), lambda x: [ops.gather(x, 1, size, *at, True) * scales[rank]]),
             mine(scaled),
         ),
-        ("replicate", _second_order(x, v, lambda x: [dsp.replicate([x, x], *at)[0] * scales[rank]]), scaled),
-        ("replicate of one", _second_order(x, v, lambda x: [dsp.replicate([x], *at)[0] * scales[rank]]), scaled),
+        ("replicate", _second_order(x, v, lambda x: [ops.replicate([x, x], *at)[0] * scales[rank]]), scaled),
+        ("replicate of one", _second_order(x, v, lambda x: [ops.replicate([x], *at)[0] * scales[rank]]), scaled),
         (
             "split, partial",  # each rank's slice is used by that rank alone
-            _second_order(x, v, lambda x: [dsp.split(dsp.replicate([x], *at)[0], 1, *at, True)]),
+            _second_order(x, v, lambda x: [ops.split(ops.replicate([x], *at)[0], 1, *at, True)]),
             plain,
         ),
         (
             "reduce",
-            _second_order(x, v, lambda x: [dsp.reduce(dsp.replicate([x], *at)[0] * scales[rank], *at)]),
+            _second_order(x, v, lambda x: [ops.reduce(ops.replicate([x], *at)[0] * scales[rank], *at)]),
             _second_order(x, v, lambda x: [sum(x * s for s in scales)]),
         ),
         (
@@ -302,22 +332,65 @@ def _check_double_backward(rank, ranks, size):
             _second_order(
                 x,
                 v,
-                lambda x: [dsp.reduce(dsp.replicate([x], *at)[0] * scales[rank], *at, True) * scales[rank]],
+                lambda x: [ops.reduce(ops.replicate([x], *at)[0] * scales[rank], *at, True) * scales[rank]],
             ),
             _second_order(x, v, lambda x: [sum(x * s for s in scales) * t for t in scales]),
         ),
         (
             "reduce_scatter",
-            _second_order(x, v, lambda x: [dsp.reduce_scatter(dsp.replicate([x], *at)[0] * scales[rank], 1, *at)]),
+            _second_order(x, v, lambda x: [ops.reduce_scatter(ops.replicate([x], *at)[0] * scales[rank], 1, *at)]),
             _second_order(x, v, lambda x: [sum(x * s for s in scales)]),
         ),
     ]:
         assert torch.equal(result, want), (name, (result - want).abs().max())
 
 
+@in_both_ways
 @pytest.mark.parametrize("ranks, size", [(2, 4), (2, 5), (3, 4)])
-def test_gradients_of_gradients_are_those_of_one_process(world, ranks, size):
-    world(ranks).run(_check_double_backward, size)
+def test_gradients_of_gradients_are_those_of_one_process(world, ranks, size, way):
+    world(ranks).run(_check_double_backward, size, way)
+
+
+# in two halves
+
+
+class _Record(TorchDispatchMode):
+    """What runs, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran.append(func.name().removeprefix("aten::").removeprefix("_c10d_functional::").partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _check_order(rank, ranks):
+    arguments = (1, 5, 2, ranks, rank, _group())
+    x, other = _shard(_whole((2, 5, 4)), 1, ranks, rank).requires_grad_(), _whole((3, 3)).requires_grad_()
+    with _Record() as forward:
+        coming, flight = dsp.start_switch(x, *arguments)
+        between = other.sin()
+        y = dsp.wait_switch(coming, flight, *arguments)
+    with _Record() as backward:
+        torch.autograd.backward([y, between], [torch.ones_like(y), torch.ones_like(between)])
+    for ran, work in ((forward.ran, "sin"), (backward.ran, "cos")):
+        assert ran.index("all_to_all_single") < ran.index(work) < ran.index("wait_tensor")
+    assert coming.untyped_storage().nbytes() == x.element_size()
+
+
+def test_work_between_the_halves_runs_while_the_collective_is_under_way_in_backward_too(world):
+    world(2).run(_check_order)
+
+
+def _check_anomaly(rank, ranks):
+    with torch.autograd.detect_anomaly(check_nan=True):
+        _check_one_dim(rank, ranks, (2, 7, 5), 1, "in halves")
+
+
+def test_anomaly_detection_never_looks_at_what_is_on_its_way(world):
+    world(2).run(_check_anomaly)
 
 
 # wire bytes
@@ -452,18 +525,19 @@ def test_a_captured_graph_keeps_and_prints_the_primitive():
         assert "torch.ops.dsp.switch.default](args = (%mul, 1, [51], 2, 4, 0, default_pg)" in str(graph)
 
 
-def _all_primitives(x, scale, ranks, rank, group):
+def _all_primitives(x, scale, ranks, rank, group, way="whole"):
     """x [B, T/N, S] -> [B, T, S/N]; passes through every primitive, uneven or not."""
+    ops = WAYS[way]
     (scale,) = dsp.replicate([scale], ranks, rank, group, True)
-    y = dsp.switch(x * scale, 1, 7, 2, ranks, rank, group).sin()
-    y = dsp.gather(y, 2, 6, ranks, rank, group, True)
-    y = dsp.reduce(y.cos(), ranks, rank, group, True)
-    y = dsp.reduce_scatter(y * (rank + 1), 1, ranks, rank, group)
-    y = dsp.gather(y.sin(), 1, 7, ranks, rank, group)
+    y = ops.switch(x * scale, 1, 7, 2, ranks, rank, group).sin()
+    y = ops.gather(y, 2, 6, ranks, rank, group, True)
+    y = ops.reduce(y.cos(), ranks, rank, group, True)
+    y = ops.reduce_scatter(y * (rank + 1), 1, ranks, rank, group)
+    y = ops.gather(y.sin(), 1, 7, ranks, rank, group)
     return dsp.split(y * y, 2, ranks, rank, group)
 
 
-def _check_compiled(rank, ranks, backend):
+def _check_compiled(rank, ranks, backend, way="whole"):
     torch.compiler.reset()
     graphs = []
 
@@ -479,7 +553,7 @@ def _check_compiled(rank, ranks, backend):
     for fn in (_all_primitives, compiled):
         x = _shard(whole, 1, ranks, rank).clone().requires_grad_()
         scale = torch.ones(6, requires_grad=True)
-        y = fn(x, scale, ranks, rank, _group())
+        y = fn(x, scale, ranks, rank, _group(), way)
         y.square().sum().backward()
         results.append((y.detach(), x.grad, scale.grad))
     for eager, got in zip(*results):
@@ -487,17 +561,19 @@ def _check_compiled(rank, ranks, backend):
     return graphs
 
 
+@in_both_ways
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "kept"])
-def test_compiled_graphs_are_whole_and_equal_eager(world, backend):
-    world(2).run(_check_compiled, backend)
+def test_compiled_graphs_are_whole_and_equal_eager(world, backend, way):
+    world(2).run(_check_compiled, backend, way)
 
 
-def test_compiled_graphs_show_functional_collectives_and_their_waits(world):
+@in_both_ways
+def test_compiled_graphs_show_functional_collectives_and_their_waits(world, way):
     expected = [
         {"all_to_all_single": 3, "all_gather_into_tensor": 1, "all_reduce": 1},
         {"all_to_all_single": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2},
     ]
-    for graphs in world(2).run(_check_compiled, "kept"):
+    for graphs in world(2).run(_check_compiled, "kept", way):
         for targets, collectives in zip(graphs, expected, strict=True):
             seen = Counter(t.removeprefix("_c10d_functional.") for t in targets if "c10d" in t)
             waits = sum(collectives.values())
@@ -527,16 +603,17 @@ def test_a_dynamic_batch_is_compiled_once(world):
     world(2).run(_check_dynamic)
 
 
-def _check_modes(rank, ranks):
+def _check_modes(rank, ranks, way="whole"):
+    ops = WAYS[way]
     mine = _shard(_whole((2, 5, 4)), 1, ranks, rank)
     switch = (1, 5, 2, ranks, rank, _group())
     with torch.inference_mode():
-        assert torch.equal(dsp.switch(mine, *switch), _shard(_whole((2, 5, 4)), 2, ranks, rank))
+        assert torch.equal(ops.switch(mine, *switch), _shard(_whole((2, 5, 4)), 2, ranks, rank))
     with torch.no_grad():
-        assert not dsp.switch(mine.clone().requires_grad_(), *switch).requires_grad
+        assert not ops.switch(mine.clone().requires_grad_(), *switch).requires_grad
     x = mine.clone().requires_grad_()
     with CountCollectives() as c:
-        y = torch.utils.checkpoint.checkpoint(lambda x: dsp.switch(x.sin(), *switch).cos(), x, use_reentrant=False)
+        y = torch.utils.checkpoint.checkpoint(lambda x: ops.switch(x.sin(), *switch).cos(), x, use_reentrant=False)
         y.sum().backward()
     # under a checkpoint the forward runs twice, its collectives included
     assert {k: n for k, (n, _) in c.by_primitive.items()} == {
@@ -545,8 +622,9 @@ def _check_modes(rank, ranks):
     }
 
 
-def test_inference_mode_no_grad_and_checkpoints_work(world):
-    world(2).run(_check_modes)
+@in_both_ways
+def test_inference_mode_no_grad_and_checkpoints_work(world, way):
+    world(2).run(_check_modes, way)
 
 
 # what is refused

@@ -309,12 +309,12 @@ def test_the_next_keys_are_under_way_while_the_present_ones_are_computed(monkeyp
     def logged(name, run):
         return lambda *args: (happened[simulate._here.rank].append(name), run(*args))[1]
 
-    for name in ("_issue", "_attend", "_attend_backward"):
+    for name in ("issue", "_attend", "_attend_backward"):
         monkeypatch.setattr(ring, name, logged(name, getattr(ring, name)))
     _check(EVEN[3], _tensors(EVEN[3]))
-    forward = ["_issue", "_attend", "_issue", "_attend", "_attend"]
+    forward = ["issue", "_attend", "issue", "_attend", "_attend"]
     # Then gradients go home while the next block is computed.
-    backward = ["_issue", "_attend_backward", "_issue", "_attend_backward", "_issue", "_attend_backward", "_issue"]
+    backward = ["issue", "_attend_backward", "issue", "_attend_backward", "issue", "_attend_backward", "issue"]
     assert happened == [forward + backward] * 3
 
 
