@@ -83,6 +83,11 @@ def _ways(primitive: str, ranks: int, leaves: float, partial_grad: bool) -> tupl
     }[primitive]
 
 
+def collective_of(primitive: str) -> str:
+    """The collective, one of `hardware.KINDS`, in which a primitive sends something forward; empty where there is none."""
+    return _ways(primitive, 2, 0.5, False)[0].collective
+
+
 def hierarchical_cost(
     nbytes: float, ranks: int, leaves: tuple[float, float], *, grad: bool, hardware: Hardware | None = None, dims: Dims = ()
 ) -> Cost:

@@ -84,6 +84,7 @@ def parallelize(
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None,
     time_limit: float = 60.0,
     rng: str = "parallel",
+    overlap: bool = True,
     constraints: Mapping[str, Mapping[str, str | None]] | None = None,
     keep_whole: Sequence[str] | None = None,
     plan: Plan | str | PathLike | Sequence[Plan | str | PathLike] | None = None,
@@ -140,6 +141,7 @@ def parallelize(
         out_layouts=out_layouts,
         time_limit=time_limit,
         rng=rng,
+        overlap=overlap,
         constraints=constraints,
         keep_whole=keep_whole,
     )

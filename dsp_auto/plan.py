@@ -20,7 +20,7 @@ from .units import show_bytes
 if TYPE_CHECKING:
     from .alternatives import Alternatives
 
-FORMAT = 5
+FORMAT = 6
 _ASK = "_ask"
 
 
@@ -83,7 +83,8 @@ class Plan:
     mesh: the mesh dims and their sizes. split: where the planner has split one (8 ranks as 4 x 2), the dims that it used
         instead, which `layout`s name.
     communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
-        counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
+        counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced. `early`:
+        how many collectives are issued before what they give is wanted, and the seconds of them that this hides in a forward.
     memory: bytes per device. `peak_bytes`: of everything, at the worst program point (`peak_at`); `capacity_bytes`: what it was
         held under (None: no capacity was given), `reserve_bytes`: what was kept back of it. `activation_bytes`: of activations
         alone, at their worst point, and `activation_bound_bytes` what they were held under without a capacity. What never
@@ -270,15 +271,18 @@ class Plan:
             f"constraints, gap {solver['gap']:.2%}; seconds: "
             + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()),
         ]
+        if total["early"]["count"]:
+            count, hidden = total["early"]["count"], total["early"]["hidden_seconds"]
+            lines.insert(1, f"issued early: {count} collectives, {hidden * 1e6:.0f} us of them beside other work in a forward")
         chosen = [entry for entry in self.recomputed if entry["by"] == "plan"]
         if chosen:
             names = [entry["modules"] for entry in chosen]
             shown = ", ".join(names) if len(names) <= 4 else f"{names[0]} … {names[-1]}"
-            lines.insert(2, f"recomputed in backward: {len(chosen)} blocks ({shown})")
+            lines.insert(-1, f"recomputed in backward: {len(chosen)} blocks ({shown})")
         if self.parameters["in_parts"]:
             whole, own = self.parameters["bytes"], self.parameters["device_bytes"]
             lines.insert(
-                2,
+                -1,
                 f"parameters per device: {show_bytes(own)} of {show_bytes(whole)}, {len(self.parameters['in_parts'])} of them "
                 "held in parts",
             )
@@ -328,6 +332,7 @@ _SHAPE = {
     "communication": {
         **dict.fromkeys(("forward_bytes", "backward_bytes", "paper_forward_volume"), NUMBER),
         "by_primitive": {str: {"count": COUNT, "forward_bytes": NUMBER, "backward_bytes": NUMBER}},
+        "early": {"count": COUNT, "hidden_seconds": NUMBER},
     },
     "memory": {
         **dict.fromkeys(("peak_bytes", "activation_bytes", "input_bytes"), COUNT),
@@ -359,6 +364,7 @@ _SHAPE = {
             "options": {
                 **{"objective": str, "strategy": str, "rng": str, "may_stay_whole": NUMBER},
                 **dict.fromkeys(("recompute", "shard_parameters"), Either(bool, NOTHING)),
+                "overlap": bool,
                 "capacity": Either({"bytes": COUNT, "reserve": NUMBER}, NOTHING),
                 "optimizer": {
                     **{"optimizer": str, "master_weights": bool, "zero": COUNT, "data_parallel": COUNT},

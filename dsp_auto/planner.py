@@ -38,6 +38,7 @@ from .passes.factorize import factorize
 from .passes.factors import Factors
 from .passes.layout import Layout, R, Shard
 from .passes.nodes import value_id
+from .passes.overlap import Early, find_early
 from .passes.presets import (
     ALWAYS,
     MEMORY,
@@ -82,6 +83,7 @@ class Options:
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None
     time_limit: float = 60.0
     rng: str = "parallel"
+    overlap: bool = True
     constraints: Mapping[str, Mapping[str, str | None]] | None = None
     keep_whole: Sequence[str] | None = None
 
@@ -122,6 +124,8 @@ class Options:
             )
         if options.rng not in RNGS:
             raise StrategyError(asked=f"rng {options.rng!r}", found="no such way", remedy=f"use one of {', '.join(RNGS)}")
+        if not isinstance(options.overlap, bool):
+            raise StrategyError(asked=f"overlap={options.overlap!r}", found="it is yes or no", remedy="use True or False")
         _check_spec_types(options)
         read_constraints(options.constraints, options.keep_whole)
         if options.objective == "time" and options.hardware is None:
@@ -188,7 +192,7 @@ class Options:
 # The options that are plain data as they are; how long the solver may take is none of the plan.
 _PLAIN = (
     *("objective", "recompute", "may_stay_whole", "strategy", "shard_parameters", "dim_names", "in_layouts", "out_layouts"),
-    *("rng", "constraints", "keep_whole"),
+    *("rng", "overlap", "constraints", "keep_whole"),
 )
 
 
@@ -290,6 +294,7 @@ def plan(
     out_layouts: LayoutSpec | Sequence[LayoutSpec | None] | None = None,
     time_limit: float = 60.0,
     rng: str = "parallel",
+    overlap: bool = True,
     constraints: Mapping[str, Mapping[str, str | None]] | None = None,
     keep_whole: Sequence[str] | None = None,
 ) -> Plan:
@@ -320,6 +325,8 @@ def plan(
     time_limit: seconds for the solver; the plan carries the gap that is left.
     rng: "parallel": ranks draw their own numbers for shards of a dropout, and the same ones for what they all hold; "serial":
         they draw what one device would, and keep their part, which takes time and memory.
+    overlap: whether a collective is issued before what it gives is wanted, where other ops of the model can run in between (on
+        `hardware`, "h100" where none is given) and its memory does not raise the peak. The results are the same.
     constraints: what ops in some modules shard: `{"blocks.3.attn": {"sp": "T"}}` makes every op in that module that has the
         factor T among its dims shard it over sp; `{"sp": None}` makes all of them shard nothing over sp. A factor goes by the
         name that plans print; `*` stands for one part of a path (`blocks.*.attn`). Ops that do not have the factor are free,
@@ -345,6 +352,7 @@ def plan(
         out_layouts=out_layouts,
         time_limit=time_limit,
         rng=rng,
+        overlap=overlap,
         constraints=constraints,
         keep_whole=keep_whole,
     )
@@ -561,7 +569,8 @@ def finish(
         names = {mesh_dims: (groups or mesh.label)(mesh_dims) for mesh_dims in problem.lines(solution.choice)}
         stages = group_stages(problem, solution.choice)
         shown = {stage.index: number for number, own in enumerate(stages) for stage in own}
-        graph = rewrite(prepared.program, problem, solution, buckets, mesh.coordinate(rank), names, shown)
+        early = _early(prepared, solution)
+        graph = rewrite(prepared.program, problem, solution, buckets, mesh.coordinate(rank), names, shown, early)
     seconds = {
         "export": prepared.seconds["export"],
         "capture": prepared.seconds["capture"],
@@ -570,7 +579,7 @@ def finish(
     }
     with _no_garbage_collection():
         options = prepared.options
-        found = summarize(problem, solution, buckets, stages, options.known_strategy, options.capacity, seconds)
+        found = summarize(problem, solution, buckets, early, stages, options.known_strategy, options.capacity, seconds)
         return replace(found, decision=record(prepared, solution)), graph
 
 
@@ -590,8 +599,11 @@ def _compute_seconds(program: Program, graph: StageGraph, options: Options) -> C
     """Roofline seconds of a stage under one of its strategies, for the objective "time"; of its forward alone where it runs
     again."""
     hardware = _hardware(options, graph.mesh)
-    if options.objective != "time" or hardware is None:
-        return None
+    return None if options.objective != "time" or hardware is None else _stage_seconds(program, graph, hardware)
+
+
+def _stage_seconds(program: Program, graph: StageGraph, hardware: Hardware) -> Callable[[int, int, bool], float]:
+    """The same on a hardware."""
     launched: dict[int, tuple[tuple[Launch, ...], ...]] = {}
 
     def seconds(stage: int, strategy: int, again: bool) -> float:
@@ -607,6 +619,17 @@ def _compute_seconds(program: Program, graph: StageGraph, options: Options) -> C
         return sum(launch.seconds(hardware, shards) for launch in (forward if again else forward + backward))
 
     return seconds
+
+
+def _early(prepared: Prepared, solution: Solution) -> tuple[Early, ...]:
+    """overlap: what the programs of a plan issue early."""
+    options, problem = prepared.options, prepared.problem(solution.space)
+    if not options.overlap:
+        return ()
+    known = options if options.hardware is not None else replace(options, hardware=as_hardware("h100"))
+    hardware = _hardware(known, problem.graph.mesh)
+    seconds = _stage_seconds(prepared.program, problem.graph, hardware)
+    return find_early(problem, solution, hardware, lambda stage, strategy: seconds(stage, strategy, True))
 
 
 def _hardware(options: Options, mesh: Mesh) -> Hardware | None:

@@ -2,8 +2,9 @@
 
 The program runs on fake tensors, backward too, and all that it would launch is written down: kernels by
 `cost_models.compute`, collectives with the bytes they send by `measure`. So the copies that pack and unpack, the sums of
-gradients and what checkpoints recompute are in it. A collective and the kernels do not overlap unless `Hardware.overlap`
-says so. The loss and the optimizer are the user's, and not in it.
+gradients and what checkpoints recompute are in it. Kernels run one after the other, and so do collectives; the two run beside
+each other from where a collective is issued to where it is waited for, and more so if `Hardware.overlap` says so. The loss and
+the optimizer are the user's, and not in it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ class Issued:
 
 
 @dataclass(frozen=True)
+class Wait:
+    """The kernels after it run when a collective before it is done."""
+
+    issued: Issued
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Seconds of a step. `computation` (with copies, and with what `Hardware.lockstep` adds) and `communication` make up
     `forward` and `backward`, less what is `hidden` of the communication. by_kind: of each kind of kernel and of collective."""
@@ -64,8 +72,8 @@ class Prediction:
 class Trace:
     """What a program launches on one rank, in order. mesh: the dims that it runs on, outermost first."""
 
-    forward: tuple[Launch | Issued, ...]
-    backward: tuple[Launch | Issued, ...]
+    forward: tuple[Event, ...]
+    backward: tuple[Event, ...]
     mesh: Mapping[str, int]
 
     def on(self, hardware: Hardware) -> Prediction:
@@ -79,14 +87,34 @@ class Trace:
         for events in (self.forward, self.backward):
             sent = sum(event.seconds(hardware) for event in events if isinstance(event, Issued))
             computed = wait * sum(event.seconds(hardware) for event in events if isinstance(event, Launch))
-            exposed = hardware.exposed_seconds(sent, computed)
+            exposed = min(_exposed(events, hardware, wait), hardware.exposed_seconds(sent, computed))
             ways.append(computed + exposed)
             computation, communication, hidden = computation + computed, communication + sent, hidden + sent - exposed
             for event in events:
-                factor = wait if isinstance(event, Launch) else 1.0
-                by_kind[event.kind] = by_kind.get(event.kind, 0.0) + factor * event.seconds(hardware)
+                if not isinstance(event, Wait):
+                    factor = wait if isinstance(event, Launch) else 1.0
+                    by_kind[event.kind] = by_kind.get(event.kind, 0.0) + factor * event.seconds(hardware)
         forward, backward = ways
         return Prediction(forward, backward, computation, communication, hidden, by_kind)
+
+
+Event = Launch | Issued | Wait
+
+
+def _exposed(events: Sequence[Event], hardware: Hardware, factor: float) -> float:
+    """Seconds in which no kernel runs for want of a collective. factor: how much longer each kernel takes."""
+    now = free = exposed = 0.0  # of the kernels, and when the links are
+    done: dict[int, float] = {}
+    for event in events:
+        if isinstance(event, Launch):
+            now += factor * event.seconds(hardware)
+        elif isinstance(event, Issued):
+            free = max(now, free) + event.seconds(hardware)
+            done[id(event)] = free
+        elif (end := done[id(event.issued)]) > now:
+            exposed += end - now
+            now = end
+    return exposed + max(0.0, free - now)
 
 
 def predict(
@@ -124,7 +152,7 @@ def trace_rank(prepared: Prepared, solution: Solution, graph: fx.Graph) -> Trace
     flags = requires_grad_flags(prepared.program)
     found = trace(local_module(graph, prepared.program.module), flags, dict(sizes), dims)
     agreement = Issued("all_gather", 8.0 * (mesh.ranks - 1), tuple(sizes))
-    return replace(found, forward=(agreement, *found.forward))
+    return replace(found, forward=(agreement, Wait(agreement), *found.forward))
 
 
 def trace(
@@ -162,19 +190,25 @@ class _Record(RecordLaunches):
     def __init__(self, counter: CountCollectives, dims: Mapping[str, Dims]) -> None:
         super().__init__()
         self.counter, self.dims = counter, dims
-        self.events: list[Launch | Issued] = []
+        self.events: list[Event] = []
+        self.under_way: dict[int, Issued] = {}  # by the storage that it gives
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         before, known = self.counter.total_bytes, len(self.launches)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.events += self.launches[known:]
         name = func._schema.name.split("::")[1]
-        if func.namespace == "_c10d_functional" and name != "wait_tensor":
+        if func.namespace == "_c10d_functional" and name == "wait_tensor":
+            if (issued := self.under_way.pop(args[0].untyped_storage()._cdata, None)) is not None:
+                self.events.append(Wait(issued))
+        elif func.namespace == "_c10d_functional":
             given = {a.name: value for a, value in zip(func._schema.arguments, args)} | (kwargs or {})
             kind = next(kind for kind in KINDS if name.startswith(kind))
             if kind == "all_to_all" and _sparse(given["input_split_sizes"]):
                 kind = "send"
-            self.events.append(Issued(kind, self.counter.total_bytes - before, tuple(self.dims[given["group_name"]])))
+            issued = Issued(kind, self.counter.total_bytes - before, tuple(self.dims[given["group_name"]]))
+            self.under_way[result.untyped_storage()._cdata] = issued
+            self.events.append(issued)
         return result
 
 

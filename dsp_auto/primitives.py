@@ -261,7 +261,8 @@ _ARGUMENTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "reduce_scatter": ("int dim, int ranks, int rank, str group, int[]? size=None", _reduce_scatter),
     "halo": ("int dim, int[] held, int[] starts, int[] stops, int ranks, int rank, str group", _halo),
 }
-IN_HALVES = ("switch", "gather", "reduce", "reduce_scatter")
+PRIMITIVES = (*_ARGUMENTS, "replicate")
+IN_HALVES = ("switch", "gather", "reduce", "reduce_scatter")  # those that come as `start_...` and `wait_...` too
 
 
 def _define(schema: str, op: Callable[..., Any]) -> None:

@@ -196,7 +196,7 @@ class Problem:
         key = (storage, source, target, grad)
         if key not in self._reshardings:
             way = self._way(storage, source, target)
-            costs = () if way is None else tuple(self._step_cost(storage, step, grad) for step in way)
+            costs = () if way is None else tuple(self.step_cost(storage, step, grad) for step in way)
             self._reshardings[key] = None if way is None else Resharding(storage, source, target, grad, way, costs)
         return self._reshardings[key]
 
@@ -216,7 +216,7 @@ class Problem:
             least = root.nbytes * TIE if self.objective == "volume" else TIE
 
             def cost(step: Step) -> float:
-                return self.weight(self._step_cost(storage, step, root.requires_grad)) + least
+                return self.weight(self.step_cost(storage, step, root.requires_grad)) + least
 
             self._ways[key] = ways(source, sorted(placements, key=repr), cost)
         return self._ways[key].get(target)
@@ -224,7 +224,8 @@ class Problem:
     def _sizes(self, root: Value) -> tuple:
         return root.itemsize, tuple(self.graph.factors.sizes[factor] for factor in root.factors)
 
-    def _step_cost(self, storage: ValueId, step: Step, grad: bool) -> Cost:
+    def step_cost(self, storage: ValueId, step: Step, grad: bool) -> Cost:
+        """Of one step of resharding a storage. `grad`: a gradient returns."""
         root = self.graph.storages[storage].root
         in_bucket = step.primitive == "replicate" and self.graph.storages[storage].kind == "parameter"
         key = (self._sizes(root), step, grad, in_bucket)
@@ -519,13 +520,14 @@ class Problem:
         between = [source, *(step.after for step in steps)]
         found = 0
         for n, step in enumerate(steps):
-            taken = self._buffers(storage, step)[back]
+            taken = self.step_buffers(storage, step)[back]
             # What is neither the first nor the last is there beside them.
             inner = [layout for layout in between[n : n + 2] if layout not in (source, target)]
             found = max(found, taken + sum(self.nbytes(storage, layout) for layout in inner))
         return found
 
-    def _buffers(self, storage: ValueId, step: Step) -> tuple[int, int]:
+    def step_buffers(self, storage: ValueId, step: Step) -> tuple[int, int]:
+        """What a step takes beside its ends, forward and backward."""
         root, sizes = self.graph.storages[storage].root, self.graph.factors.sizes
         ends = [self.nbytes(storage, layout) for layout in (step.before, step.after)]
         cut = [placement.place for placement in (step.source, step.target) if isinstance(placement, Shard)]

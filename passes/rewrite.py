@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from .layout import Layout, Replicate, Shard, Step, cutters, place_of
 from .lifetimes import COPY, RESULT, Kept
 from .nodes import ValueId, is_tensor, value_id
 from .notation import Emit, Local
+from .overlap import Early
 from .problem import Problem
 from .solve import Solution
 from .stages import Stage, StageGraph, Use
@@ -44,14 +46,16 @@ def rewrite(
     coordinate: Sequence[int],
     groups: Mapping[tuple[int, ...], str],
     shown: Mapping[int, int],
+    early: Sequence[Early] = (),
 ) -> fx.Graph:
     """The local program of the rank at `coordinate` of the mesh; its `get_attr`s are those of `program.module`.
 
     groups: c10d group name of this rank's line along each set of mesh dims that is communicated over (`Problem.lines`).
     shown: by the index of a stage, the stage of the plan that it is in, which the primitives name in their errors.
+    early: the collectives that are issued before what they give is wanted.
     Takes this rank's inputs in the order of `program.inputs` and returns what `program` returns, in local layouts.
     """
-    return _Writer(program, problem, solution, buckets, coordinate, groups, shown).write()
+    return _Writer(program, problem, solution, buckets, coordinate, groups, shown, early).write()
 
 
 class _Writer:
@@ -64,6 +68,7 @@ class _Writer:
         coordinate: Sequence[int],
         groups: Mapping[tuple[int, ...], str],
         shown: Mapping[int, int],
+        early: Sequence[Early],
     ) -> None:
         self.program, self.problem, self.choice = program, problem, solution.choice
         self.recomputed = solution.recomputed | problem.forced
@@ -73,6 +78,10 @@ class _Writer:
         self.out = fx.Graph()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.copies: dict[tuple, fx.Node] = {}  # (storage, layout) -> node
+        self.early: dict[int, list[Early]] = defaultdict(list)  # by the stage before which they are issued
+        for one in early:
+            self.early[one.before].append(one)
+        self.coming: dict[tuple, tuple[Step, list[fx.Node]]] = {}  # (storage, layout) -> what `start_...` gave
         self.numbers: dict[str, fx.Node] = {}  # results that are no tensors
         self.viewed: dict[tuple, fx.Node] = {}
         self.view_ops = {op.results[0]: op for op in self.factors.ops if op.is_view}
@@ -147,12 +156,10 @@ class _Writer:
         return new
 
     def _op(self, op: Op, stage: Stage) -> None:
+        for early in self.early.get(stage.index, ()):
+            self._start(early)
         strategy = stage.strategies[self.choice[stage.index]]
-        number = self.problem.region_of.get(stage.index)
-        self.meta, self.at = _kept_meta(op.node), self._site(stage)
-        if number in self.recomputed:
-            self.meta["region"] = number
-            self.meta["kept"] = bool(op.results) and Kept(RESULT, stage.index, op.results[0]) in self.recomputed
+        self.meta, self.at = self._meta_of(stage), self._site(stage)
         operands = iter([self.operand(value, use) for value, use in zip(op.operands, stage.uses, strict=True)])
         args, kwargs = fx.map_arg(
             (op.node.args, op.node.kwargs), lambda n: next(operands) if is_tensor(n) else self.numbers[n.name]
@@ -183,6 +190,17 @@ class _Writer:
                 )
             new.meta["made"] = storage
             self.copies[storage, layout] = new
+
+    def _meta_of(self, stage: Stage) -> dict[str, Any]:
+        """What the nodes of a stage's op carry."""
+        op, number = stage.op, self.problem.region_of.get(stage.index)
+        if op is None:
+            return {}
+        meta = _kept_meta(op.node)
+        if number in self.recomputed:
+            meta["region"] = number
+            meta["kept"] = bool(op.results) and Kept(RESULT, stage.index, op.results[0]) in self.recomputed
+        return meta
 
     def _drawing(self, cuts: Sequence[Sequence[Cut]]) -> Emit:
         """`emit` for an op that draws random numbers: each of its shards other ones, unless all draw what one device would."""
@@ -242,13 +260,8 @@ class _Writer:
         source = current = self.problem.made(use.storage, self.choice)
         target = self.problem.target(use, source, use.wanted[self.choice[use.stage]])
         if target != source:
-            meta = self.meta
-            if self.problem.is_inside(use.storage, self.meta.get("region"), source, target):
-                kept = Kept(COPY, self.graph.storages[use.storage].maker, use.storage)
-                self.meta = {**meta, "kept": kept in self.recomputed}
-            else:
-                self.meta = {key: value for key, value in meta.items() if key not in ("region", "kept")}
-            at, self.at = self.at, f"{self.at}, {use.storage[0]}"
+            meta, at = self.meta, self.at
+            self._reshard_for(use.storage, source, target)
             for step in self.problem.known_resharding(use.storage, source, target, use.grad).steps:
                 if (use.storage, step.after) not in self.copies:
                     self._step(use.storage, current, step)
@@ -256,12 +269,47 @@ class _Writer:
             self.meta, self.at = meta, at
         return self._view(value, current)
 
-    def _step(self, storage: ValueId, current: Layout, step: Step) -> None:
+    def _reshard_for(self, storage: ValueId, source: Layout, target: Layout) -> None:
+        """What the nodes carry that reshard a storage for the op that is written."""
+        meta = self.meta
+        if self.problem.is_inside(storage, meta.get("region"), source, target):
+            kept = Kept(COPY, self.graph.storages[storage].maker, storage)
+            self.meta = {**meta, "kept": kept in self.recomputed}
+        else:
+            self.meta = {key: value for key, value in meta.items() if key not in ("region", "kept")}
+        self.at = f"{self.at}, {storage[0]}"
+
+    def _start(self, early: Early) -> None:
+        """Issues a collective for an op that comes later."""
+        wanted = self.graph.stages[early.wanted]
+        self.meta, self.at = self._meta_of(wanted), self._site(wanted)
+        self._reshard_for(early.storage, early.source, early.target)
+        current = early.source
+        for step in early.steps:
+            if (early.storage, step.after) not in self.copies:
+                self._step(early.storage, current, step, half="start_" if step is early.steps[-1] else "")
+            current = step.after
+
+    def _step(self, storage: ValueId, current: Layout, step: Step, half: str = "") -> None:
+        """half: "start_" for the first half of a primitive alone."""
+        key = (storage, step.after)
         if step.primitive == "replicate" and storage in self.in_bucket:
             steps = next(steps for steps in self.in_bucket[storage].steps if step in steps)
             self._replicate_bucket(self.in_bucket[storage].storages, steps)
+        elif half:
+            started = self._primitive(storage, [self.copies[storage, current]], step, half)
+            self.coming[key] = step, [self._result(started, number) for number in (0, 1)]
+        elif key in self.coming:
+            step, halves = self.coming[key]
+            self.copies[key] = self._primitive(storage, halves, step, "wait_")
         else:
-            self.copies[storage, step.after] = self._primitive(storage, self.copies[storage, current], step)
+            self.copies[key] = self._primitive(storage, [self.copies[storage, current]], step)
+
+    def _result(self, node: fx.Node, number: int) -> fx.Node:
+        """One of the results of a node."""
+        new = self.out.call_function(operator.getitem, (node, number))
+        new.meta.update(self.meta, val=node.meta["val"][number])
+        return new
 
     def _replicate_bucket(self, storages: Sequence[ValueId], steps: Sequence[Step]) -> None:
         """One `replicate` of parameters that go the same way, each from a layout of its own."""
@@ -276,37 +324,40 @@ class _Writer:
             self.copies[storage, step.after] = new
         self.meta = meta
 
-    def _primitive(self, storage: ValueId, node: fx.Node, step: Step) -> fx.Node:
-        where = self._where(step.mesh_dims)
-        source, target = step.source, step.target
-        split_dims, dim_of = self._unmerged(storage, [p.place for p in (source, target) if isinstance(p, Shard)])
-        if split_dims is not None:
-            node = self.emit(aten.reshape.default, node, self._shape(storage, split_dims, step.before))
-        # How a dim is cut is said only where it is not as `torch.tensor_split` does.
-        after = self._sizes(storage, step, step.after) if isinstance(target, Shard) else []
-        uneven = [after] if len(after) > 1 else []
-        if step.primitive in ("switch", "hierarchical_switch"):
-            before = self._sizes(storage, step, step.before)
-            ends = (dim_of[place_of(source)], before, dim_of[place_of(target)])
-            if step.primitive == "hierarchical_switch":
-                where = (*self._where(step.mesh_dims[:1]), *self._where(step.mesh_dims[1:]))
-            new = self.emit(getattr(dsp, step.primitive).default, node, *ends, *where, *uneven)
-        elif step.primitive == "split":
-            new = self.emit(dsp.split.default, node, dim_of[place_of(target)], *where, _partial(source), *uneven)
-        elif step.primitive == "gather":
-            size = self._sizes(storage, step, step.before)
-            new = self.emit(dsp.gather.default, node, dim_of[place_of(source)], size, *where, _partial(target))
-        elif step.primitive == "reduce":
-            new = self.emit(dsp.reduce.default, node, *where, _partial(target))
-        elif step.primitive == "reduce_scatter":
-            new = self.emit(dsp.reduce_scatter.default, node, dim_of[place_of(target)], *where, *uneven)
-        else:
-            values = self.emit(dsp.replicate.default, [node], *where, self.losses_differ)
-            new = self.out.call_function(operator.getitem, (values, 0))
-            new.meta.update(self.meta, val=values.meta["val"][0])
-        if split_dims is not None:
+    def _primitive(self, storage: ValueId, operands: Sequence[fx.Node], step: Step, half: str = "") -> fx.Node:
+        """A step on its operand; of its half "wait_" on what the half "start_" gave."""
+        split_dims, dim_of = self._unmerged(
+            storage, [p.place for p in (step.source, step.target) if isinstance(p, Shard)]
+        )
+        if split_dims is not None and half != "wait_":
+            operands = [self.emit(aten.reshape.default, *operands, self._shape(storage, split_dims, step.before))]
+        arguments = self._arguments(storage, step, dim_of)
+        if step.primitive == "replicate":
+            return self._result(self.emit(dsp.replicate.default, list(operands), *arguments), 0)
+        new = self.emit(getattr(dsp, half + step.primitive).default, *operands, *arguments)
+        if split_dims is not None and half != "start_":
             new = self.emit(aten.reshape.default, new, list(self.local_shape(storage, step.after)))
         return new
+
+    def _arguments(self, storage: ValueId, step: Step, dim_of: Mapping[int, int]) -> list[Any]:
+        """Of a step's primitive, after its tensors. dim_of: the dim of each place that is sharded."""
+        source, target, where = step.source, step.target, self._where(step.mesh_dims)
+        ends = [dim_of[place_of(end)] for end in (source, target) if isinstance(end, Shard)]
+        before = [self._sizes(storage, step, step.before)] if isinstance(source, Shard) else []
+        # How a dim is cut is said only where it is not as `torch.tensor_split` does.
+        after = [self._sizes(storage, step, step.after)] if isinstance(target, Shard) else []
+        uneven = [sizes for sizes in after if len(sizes) > 1]
+        if step.primitive == "hierarchical_switch":
+            where = (*self._where(step.mesh_dims[:1]), *self._where(step.mesh_dims[1:]))
+        return {
+            "switch": [*ends[:1], *before, *ends[1:], *where, *uneven],
+            "hierarchical_switch": [*ends[:1], *before, *ends[1:], *where, *uneven],
+            "split": [*ends, *where, _partial(source), *uneven],
+            "gather": [*ends, *before, *where, _partial(target)],
+            "reduce": [*where, _partial(target)],
+            "reduce_scatter": [*ends, *where, *uneven],
+            "replicate": [*where, self.losses_differ],
+        }[step.primitive]
 
     def _sizes(self, storage: ValueId, step: Step, layout: Layout) -> list[int]:
         """How a step's mesh dims cut a dim in `layout`: its size where they cut as `torch.tensor_split` does, else the size of

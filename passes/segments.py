@@ -23,6 +23,7 @@ from torch import fx, nn
 from dsp_auto import fsdp
 from dsp_auto.cost_models.state import packed
 from dsp_auto.errors import DspError
+from dsp_auto.primitives import IN_HALVES, PRIMITIVES
 
 from .checkpointing import draws, keep, recompute
 from .nodes import calls, is_getitem, is_tensor
@@ -143,8 +144,9 @@ class _Cutter:
         self.ops = [
             n for n in graph.nodes if n.op == "call_function" and n not in self.read and n not in replicated
         ]
-        self.at = {number: n for n, number in enumerate(self.ops)}
+        self.at = {node: n for n, node in enumerate(self.ops)}
         self.scopes = self._scopes()
+        self._start_inside()
         draw: list[fx.Node] = [node for node in self.ops if draws(node)]
         self.drawn_before = dict(zip(draw[1:], draw))  # random numbers are drawn in the order of the model
         self.root = nn.Module()
@@ -215,6 +217,18 @@ class _Cutter:
                 chain = (*chain[:within], (number,), *chain[within:])
             found[node] = chain
         return found
+
+    def _start_inside(self) -> None:
+        """A collective is issued early among the ops that stand where it is waited for, and not before these begin."""
+        for start in [node for node in self.ops if node.target in _STARTS]:
+            wait = next(user for half in start.users for user in half.users)
+            between = self.ops[self.at[start] + 1 : self.at[wait]]
+            if any(self.scopes[node] != self.scopes[wait] for node in between):
+                moved = [start, *start.users]
+                self.ops = [node for node in self.ops if node not in moved]
+                at = self.ops.index(wait)
+                self.ops[at:at] = moved
+                self.at = {node: n for n, node in enumerate(self.ops)}
 
     def home(self, value: fx.Node, user: fx.Node) -> int:
         """In how many of the scopes of `user` a parameter, or what is made of it, is read: 0 at the start."""
@@ -429,10 +443,8 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-_RESHARDING = (
-    *(dsp.switch.default, dsp.hierarchical_switch.default, dsp.split.default, dsp.gather.default),
-    *(dsp.reduce.default, dsp.reduce_scatter.default, dsp.replicate.default, dsp.halo.default),
-)
+_STARTS = {getattr(dsp, f"start_{name}").default for name in IN_HALVES}
+_RESHARDING = {getattr(dsp, name).default for name in (*PRIMITIVES, *(f"wait_{name}" for name in IN_HALVES))} | _STARTS
 
 
 def _is_resharding(node: fx.Node) -> bool:

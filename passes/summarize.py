@@ -21,6 +21,7 @@ from .layout import R, Shard, Step, cutters, show_placement
 from .lifetimes import RESULT, Kept
 from .nodes import node_call
 from .notation import OpRule
+from .overlap import Early
 from .problem import Problem, Recomputed, Resharding
 from .rules import WRITTEN, origin, why_none
 from .solve import Solution
@@ -34,6 +35,7 @@ def summarize(
     problem: Problem,
     solution: Solution,
     buckets: Sequence[Bucket],
+    early: Sequence[Early],
     groups: Sequence[Sequence[Stage]],
     strategy: str,
     capacity: Capacity | None,
@@ -68,7 +70,7 @@ def summarize(
         objective=problem.objective,
         strategy=strategy,
         stages=tuple(stages),
-        communication=_communication(problem, choice, reshardings, buckets, recomputed),
+        communication=_communication(problem, choice, reshardings, buckets, early, recomputed),
         memory=_memory(problem, solution, capacity),
         recomputed=_recomputed(problem, solution),
         factors=tuple(
@@ -318,6 +320,7 @@ def _communication(
     choice: Sequence[int],
     reshardings: Sequence[Resharding],
     buckets: Sequence[Bucket],
+    early: Sequence[Early],
     recomputed: Recomputed,
 ) -> dict[str, Any]:
     in_bucket = {storage for bucket in buckets for storage in bucket.storages}
@@ -357,6 +360,7 @@ def _communication(
         "backward_bytes": _number(sum(entry["backward_bytes"] for entry in by_primitive.values())),
         "paper_forward_volume": _number(paper),
         "by_primitive": by_primitive,
+        "early": {"count": len(early), "hidden_seconds": sum(one.hidden for one in early)},
     }
 
 
