@@ -626,15 +626,18 @@ def _early(prepared: Prepared, solution: Solution) -> tuple[Early, ...]:
     options, problem = prepared.options, prepared.problem(solution.space)
     if not options.overlap:
         return ()
-    known = options if options.hardware is not None else replace(options, hardware=as_hardware("h100"))
-    hardware = _hardware(known, problem.graph.mesh)
+    hardware = _on_mesh(options.hardware or as_hardware("h100"), problem.graph.mesh)
     seconds = _stage_seconds(prepared.program, problem.graph, hardware)
     return find_early(problem, solution, hardware, lambda stage, strategy: seconds(stage, strategy, True))
 
 
 def _hardware(options: Options, mesh: Mesh) -> Hardware | None:
-    """The profile, with the links of this mesh."""
-    return None if options.hardware is None else options.hardware.on(dict(zip(mesh.names, mesh.sizes, strict=True)))
+    """The profile that was asked for, with the links of this mesh."""
+    return None if options.hardware is None else _on_mesh(options.hardware, mesh)
+
+
+def _on_mesh(hardware: Hardware, mesh: Mesh) -> Hardware:
+    return hardware.on(dict(zip(mesh.names, mesh.sizes, strict=True)))
 
 
 def _in_layouts(program: Program, factors: Factors, mesh: Mesh, specs: Mapping[str, LayoutSpec]) -> dict[str, Layout]:

@@ -381,7 +381,7 @@ class _Awaited(torch.autograd.Function):
         return found, None, None
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[type[Move], Any] = {
     move: type(f"_{move.__name__}", (_Moved,), {})
     for move in (Switch, Cut, AmongZeros, Gather, ReduceScatter, Reduce, Same, Halo, HaloBack)
 }
