@@ -6,7 +6,7 @@ on gloo processes, with and without in pairs that swap who goes first, after out
 bit-equal. There the processes that compute also move the bytes, so little is to be gained; it shows what the halves cost.
 Writes JSON.
 
-    python -m benchmarks.overlap [--hardware h100] [--pairs 20] [--ranks 2] [--out benchmarks/results/overlap.json]
+    python benchmarks/overlap.py [--hardware h100] [--pairs 20] [--ranks 2] [--out benchmarks/results/overlap.json]
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tests, which is not installed
 
 import tabulate
 import torch
