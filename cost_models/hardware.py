@@ -107,8 +107,8 @@ class Hardware:
         "sp.0" and "sp.1" too. inside: of mesh dims that lead out of a node, how many neighbours share one (see `on`).
     host: seconds that the host spends on each op besides its kernel, where it does not run ahead of the device.
     lockstep: how much longer ranks compute when they meet in between: each time, they wait for the one that was held up.
-    overlap: which part of the communication may run beside the computation: 0 (nothing, the default) for programs as they
-        are, which wait for each collective; up to 1 for what a compiler moves apart.
+    overlap: which part of the communication may run beside the computation, if that is more than what a program issues early:
+        0 (the default) for programs as they are; up to 1 for what a compiler moves apart.
     measured: of a calibration, the mesh, the errors of the fits and where it ran.
     """
 

@@ -27,6 +27,8 @@ from .stages import OP, Use
 
 # A collective is issued early if that hides at least this share of it: the halves cost the host a little.
 WORTH = 0.1
+# And no earlier than what takes so many times as long, most of which then hides other collectives.
+FARTHEST = 8
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,15 @@ class _Finder:
             step = steps[-1]
             left = whole = self._seconds(storage, step)
             passed: list[tuple[int, float]] = []
+            beside = 0.0
             for stage in crossed:
-                if left <= 0 or not self._has_room(stage, self._taken(storage, stage, resharding, step)):
+                enough = left <= 0 or beside > FARTHEST * whole
+                if enough or not self._has_room(stage, self._taken(storage, stage, resharding, step)):
                     break
-                own = min(left, max(0.0, self.seconds(stage, self.choice[stage]) - self.busy[stage]))
+                takes = self.seconds(stage, self.choice[stage])
+                own = min(left, max(0.0, takes - self.busy[stage]))
                 passed.append((stage, own))
-                left -= own
+                left, beside = left - own, beside + takes
             while passed and not passed[-1][1]:  # nothing that takes any time
                 passed.pop()
             if not passed or whole - left < WORTH * whole:
@@ -117,9 +122,10 @@ class _Finder:
         region = self._again(self.problem.runs_again(resharding, self.choice))
         found = []
         for stage in range(wanted - 1, self.graph.storages[storage].maker, -1):
-            if self.graph.stages[stage].kind != OP or self._again(self.problem.region_of.get(stage)) != region:
+            if self._again(self.problem.region_of.get(stage)) != region:
                 break
-            found.append(stage)
+            if self.graph.stages[stage].kind == OP:
+                found.append(stage)
         return found
 
     def _again(self, region: int | None) -> int | None:
