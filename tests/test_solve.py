@@ -161,7 +161,7 @@ def test_contracting_views_never_costs_and_a_view_with_one_use_changes_nothing()
         program = random_program(seed, 4, training=seed % 2 == 0)
         ends = {"in_layouts": {"x": (Shard(0),)}, "out_layouts": {0: (Shard(1),)}}
         plain, whole = problem_of(program, "2", **ends), problem_of(program, "2", uncontracted, **ends)
-        if assignments(whole) > 20000:
+        if assignments(whole) > 3000:
             continue
         best, best_whole = (min(cost for cost, _ in every_choice(p)) for p in (plain, whole))
         views = [op for op in plain.graph.factors.ops if op.is_view]
@@ -172,7 +172,7 @@ def test_contracting_views_never_costs_and_a_view_with_one_use_changes_nothing()
             compared += 1
         assert solve(plain, capacity=10**9, use_folding=False).objective == pytest.approx(best, abs=1e-6)
         assert solve(whole, capacity=10**9, use_folding=False).objective == pytest.approx(best_whole, abs=1e-6)
-    assert compared >= 7
+    assert compared >= 10
 
 
 def layered(layers: int, training: bool = True):
