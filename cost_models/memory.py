@@ -15,7 +15,7 @@ device, it takes at the worst moment, where a dim that leads needs no packing or
       uneven              the larger of that and n m to send
     reduce                0                                0
     reduce_scatter        M to pack                        gather's
-      uneven              and n m to send, from n ranks
+      uneven              and (n-1) m of n terms; n m if that is more
       not contiguous      M to pack, wherever the dim is
     replicate             0                                M to sum
 """
@@ -192,13 +192,18 @@ def primitive_buffers(
     packed = 0 if leads else whole
     # Uneven shards travel by an all-to-all: of my part to each rank, or of every rank's term of mine.
     sent = 0 if even else ranks * part
-    gather, scatter = max(packed, sent), packed + sent
+
+    def scatter(packed: int) -> int:
+        # While terms are on their way there is no sum of them yet, and when there is, nothing is packed any more.
+        return packed if even else max(packed + sent - part, sent)
+
+    gather = max(packed, sent)
     return {
         "switch": (part, part),
         "hierarchical_switch": (3 * part, 3 * part),
         "split": (0, 0 if partial_grad else gather),
-        "gather": (gather, scatter if partial_grad else 0),
+        "gather": (gather, scatter(packed) if partial_grad else 0),
         "reduce": (0, 0),
-        "reduce_scatter": (scatter if contiguous else whole + sent, gather),
+        "reduce_scatter": (scatter(packed if contiguous else whole), gather),
         "replicate": (0, whole),
     }[primitive]
