@@ -183,6 +183,19 @@ def named_inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> di
     return {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
 
 
+def tensor_paths(args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """Where in the call each tensor stands, in the order of its leaves: `args[0]`, `kwargs['text']['mask']`."""
+    found = []
+    arguments = [(f"args[{n}]", value) for n, value in enumerate(args)]
+    for argument, value in (*arguments, *((f"kwargs[{name!r}]", value) for name, value in kwargs.items())):
+        try:
+            leaves = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
+        except ValueError:  # holds a class of the user's that is registered without the names of what is in it
+            leaves = [("", leaf) for leaf in pytree.tree_leaves(value)]
+        found += [argument + path for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return found
+
+
 def whole_shape(
     name: str, spec: Mapping[str, Any], parts: Sequence[tuple[int, ...]], mesh: Mesh, rank: int
 ) -> tuple[int, ...]:
