@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .cost_models.hardware import Hardware, as_hardware
 from .errors import ConstraintError, DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
@@ -200,6 +201,7 @@ class Comparison:
         return tabulate(rows, headers=heads, disable_numparse=True, colalign=align)
 
 
+@unset_fake_temporarily()  # see `plan`
 def compare(
     model: nn.Module,
     mesh: Any,

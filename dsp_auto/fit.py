@@ -19,6 +19,7 @@ from typing import Any
 
 from tabulate import tabulate
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .capacity import find_capacity
 from .cost_models.hardware import Hardware, as_hardware
@@ -203,6 +204,7 @@ def _fitted(data: Mapping[str, Any]) -> Fitted:
     return Fitted(**{**data, **splits, "undecided": tuple(data["undecided"])})
 
 
+@unset_fake_temporarily()  # see `plan`
 def fit(
     model: nn.Module | Callable[..., tuple],
     gpus: int,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .alternatives import Alternative, Alternatives
 from .capacity import Capacity, find_capacity
@@ -270,6 +271,7 @@ class Prepared:
         )
 
 
+@unset_fake_temporarily()  # a mode of the caller's, which does not know the fake tensors of planning
 def plan(
     model: nn.Module,
     mesh: Any,
@@ -375,6 +377,7 @@ def plan_given(program: Program, mesh: Mesh, plan: Plan) -> Plan:
     return found
 
 
+@unset_fake_temporarily()
 def find_alternatives(
     prepared: Prepared, solution: Solution, made: Plan, of: Constraint, seconds: float = math.inf
 ) -> Alternatives:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from .cost_models.compute import Launch, RecordLaunches
@@ -89,6 +89,7 @@ class Trace:
         return Prediction(forward, backward, computation, communication, hidden, by_kind)
 
 
+@unset_fake_temporarily()  # see `plan`
 def predict(
     model: nn.Module,
     mesh: Any,

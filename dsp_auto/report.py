@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .alternatives import Alternatives
 from .compare import Candidate, Comparison, candidate_of, count_blocks, find_candidate
@@ -93,6 +94,7 @@ class Report:
         return self.plan.headline()
 
 
+@unset_fake_temporarily()  # see `plan`
 def report(
     model: nn.Module,
     mesh: Any,
