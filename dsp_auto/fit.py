@@ -214,7 +214,7 @@ def fit(
     *,
     arguments: Mapping[str, Any] | None = None,
     strategies: Sequence[str] | None = None,
-    hardware: str | PathLike | Hardware = "h100",
+    hardware: str | PathLike | Hardware | None = None,
     reserve: float | None = None,
     optimizer: str | TrainingState | None = "adam",
     zero: int | None = None,
@@ -230,7 +230,7 @@ def fit(
     model: a module; or a factory, called as `factory(**arguments)` on fake tensors, that returns (model, args, kwargs).
     gpus: all there are. Sizes are the powers of two up to them, where they are one themselves; else all their divisors.
     capacity, reserve, recompute: as `dsp_auto.plan`. A plan that keeps all activations is preferred on the same size.
-    strategies: of `passes.presets`; None: all but "auto". hardware: what predictions are for.
+    strategies: of `passes.presets`; None: all but "auto". hardware: what predictions are for; None: "h100".
     optimizer: as `dsp_auto.plan`. zero: the stage of ZeRO over the replicas, 0 to 3; None: that of `optimizer`.
     sequence: an argument of the factory; for every size and strategy the largest value of it that fits is looked for, in steps
         of `step`, from the one it has now.

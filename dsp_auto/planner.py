@@ -99,7 +99,8 @@ class Options:
     ) -> Options:
         """device: for the capacity "free"."""
         found = find_capacity(capacity, reserve, device)
-        options = cls(capacity=found, hardware=as_hardware(hardware), optimizer=as_state(optimizer), **rest)
+        profile = None if hardware is None else as_hardware(hardware)
+        options = cls(capacity=found, hardware=profile, optimizer=as_state(optimizer), **rest)
         share = options.may_stay_whole
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise StrategyError(
@@ -126,7 +127,7 @@ class Options:
         _check_spec_types(options)
         read_constraints(options.constraints, options.keep_whole)
         if options.objective == "time" and options.hardware is None:
-            options = replace(options, hardware=as_hardware("h100"))
+            options = replace(options, hardware=as_hardware(None))
         return options
 
 

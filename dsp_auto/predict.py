@@ -96,14 +96,14 @@ def predict(
     args: tuple = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    hardware: str | PathLike | Hardware = "h100",
+    hardware: str | PathLike | Hardware | None = None,
     rank: int = 0,
     **options: Any,
 ) -> Prediction:
     """Plan `model(*args, **kwargs)` over `mesh` as `dsp_auto.plan` does, and predict a step of its `rank`-th device: forward
     and backward, or the forward alone under `torch.no_grad()`. No process group, no GPU and no weights.
 
-    options, and what it raises: as `dsp_auto.plan`.
+    hardware: what the prediction is for; None: "h100". options, and what it raises: as `dsp_auto.plan`.
     """
     profile = as_hardware(hardware)
     chosen = Options.of(hardware=profile, **options)

@@ -144,7 +144,7 @@ def report_program(
     else:
         prepared, solution = prepare_given(program, mesh, made)
         chosen = replace(prepared.options, shard_parameters=None)
-    hardware = hardware or chosen.hardware or as_hardware("h100")
+    hardware = hardware or chosen.hardware or as_hardware(None)
     hardware.on(mesh.whole)  # which refuses a mesh that it was not measured on
     if solution is None:
         with step(f"solving for {mesh}"):
