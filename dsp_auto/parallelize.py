@@ -43,7 +43,7 @@ from .parameters import (
     parts_of_plan,
     placements_in,
 )
-from .passes.capture import Program, capture, ordered_kwargs, positions_of
+from .passes.capture import Program, capture, check_not_zero_3, ordered_kwargs, positions_of
 from .passes.checkpointing import local_module
 from .passes.factors import Factors
 from .passes.hooks import Hooks, traced
@@ -562,6 +562,7 @@ class ParallelModule(nn.Module):
     ) -> Iterator[tuple[tuple, dict]]:
         """Inside, the model can be captured with the arguments that this gives."""
         state = self._dsp
+        check_not_zero_3(state.model)  # before hooks run
         if not (shapes or state.in_parts or called.managed):
             yield args, kwargs
             return

@@ -104,6 +104,7 @@ def capture(
     args, kwargs = tuple(args), dict(kwargs or {})
     _check_call(model, args, kwargs)
     _check_whole(model)
+    check_not_zero_3(model)
     if FakeTensorMode.cache_info().size > MOST_FAKE_RESULTS:
         FakeTensorMode.cache_clear()
     fake, args, kwargs = _without_meta(model, args, kwargs)
@@ -172,6 +173,18 @@ def _check_whole(model: nn.Module) -> None:
                 where=name.rpartition(".")[0] or None,
                 remedy="plan with the model as it is before fully_shard or distribute_module; `parallelize` takes what "
                 "fully_shard has sharded, and what it holds in parts itself over the mesh that it is given",
+            )
+
+
+def check_not_zero_3(model: nn.Module) -> None:
+    """Raises CaptureError for parameters that DeepSpeed's ZeRO-3 has cut: its hooks cannot run on fake tensors."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):  # by which DeepSpeed itself tells them
+            raise CaptureError(
+                asked=f"cannot capture {type(model).__name__}",
+                found=f"{name} belongs to DeepSpeed's ZeRO-3, whose hooks bring it together while modules run",
+                where=name.rpartition(".")[0] or None,
+                remedy="in place of ZeRO-3 use fully_shard, which shards parameters too, or DeepSpeed with stage 1 or 2",
             )
 
 

@@ -215,3 +215,12 @@ def by_cond(linear, x):
 def test_control_flow_on_values_is_refused(grad):
     with torch.set_grad_enabled(grad), pytest.raises(dsp_auto.CaptureError, match="0: cannot plan cond: it runs functions"):
         capture(nn.Sequential(Function(by_cond)), (video(grad),))
+
+
+def test_parameters_that_belong_to_zero_3_are_refused_with_what_to_use():
+    """As DeepSpeed leaves them: marked, and without elements while no module runs."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Softmax(1))
+    model[0].bias.data = torch.empty(0)
+    model[0].bias.ds_id = 1
+    with pytest.raises(dsp_auto.CaptureError, match="^0: cannot .*0.bias belongs to DeepSpeed's ZeRO-3.*[Uu]se fully_shard"):
+        capture(model, (video(),))

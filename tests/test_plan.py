@@ -323,6 +323,13 @@ def test_a_mesh_larger_than_every_factor_is_refused_with_the_largest_that_fits()
     assert "T=4" in str(error.value) and "S=6" in str(error.value)
 
 
+@pytest.mark.parametrize("mesh", ["64", "2x64"])
+def test_a_mesh_dim_that_is_too_long_in_parts_too_is_refused_as_the_users(mesh):
+    model, args, kwargs = transformer_2d(layers=1, hidden=8, heads=2, frames=3, tokens=4)
+    with pytest.raises(dsp_auto.MeshError, match="dim sp of 64 ranks: .* shorter than 16, a part of 4 x 16: .*at most 4 ranks"):
+        dsp_auto.plan(model, mesh, args, kwargs, strategy="dsp")
+
+
 def test_a_mesh_larger_than_every_sequence_takes_heads_and_hidden_dims_too():
     model, args, kwargs = small()
     plan = dsp_auto.plan(model, "8", args, kwargs, dim_names=NAMES)
