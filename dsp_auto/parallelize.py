@@ -57,6 +57,7 @@ from .primitives import before_first_collective
 from .progress import log_plan, step
 from .randomness import on_shard
 from .signature import Signature, as_text, describe, named_inputs, signature, tensor_paths, whole_shape
+from .units import counted
 
 # The same containers, not copies: what is loaded, moved or replaced in a parallel module is so in its model.
 _SHARED = (
@@ -417,7 +418,7 @@ class ParallelModule(nn.Module):
         finish = state.agreement.begin_check(
             text + str([(n, len(hooks), gradients) for n, hooks, gradients in called.entered]) if called.entered else text,
             lambda: describe(args, kwargs, self.training)
-            + (f", {len(called.entered)} modules whose hooks run" if called.entered else ""),
+            + (f", {counted(len(called.entered), 'module')} whose hooks run" if called.entered else ""),
             asked="the ranks were called with different arguments",
             remedy="every rank must pass the same inputs (same shapes, dtypes, modes, hooks and non-tensor arguments)",
         )
@@ -485,7 +486,7 @@ class ParallelModule(nn.Module):
         module = local_module(graph, ready.program.module)
         agreement.check(
             plan.digest + str(ready.program.graph),
-            lambda: f"plan {plan.digest[:12]}, {len(ready.program.graph.nodes)} nodes",
+            lambda: f"plan {plan.digest[:12]}, {counted(len(ready.program.graph.nodes), 'node')}",
             asked="the ranks do not hold the same model or plan",
             remedy="run the same code on every rank",
         )

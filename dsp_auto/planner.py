@@ -59,6 +59,7 @@ from .passes.summarize import group_stages, summarize
 from .plain_data import shorten
 from .plan import Plan
 from .progress import log_plan, step
+from .units import counted
 
 # What the solver gets at least, where other spaces took the time.
 LEAST_SECONDS = 1.0
@@ -649,8 +650,8 @@ def _out_layouts(program: Program, factors: Factors, mesh: Mesh, specs: Any) -> 
     listed = [specs] if isinstance(specs, Mapping) else list(specs)
     if len(listed) != len(tensors):
         raise LayoutError(
-            asked=f"out_layouts describes {len(listed)} outputs",
-            found=f"the model returns {len(tensors)} tensors",
+            asked=f"out_layouts describes {counted(len(listed), 'output')}",
+            found=f"the model returns {counted(len(tensors), 'tensor')}",
             remedy="give one entry for each tensor that the model returns, None for replicated ones",
         )
     return {

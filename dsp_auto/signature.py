@@ -18,7 +18,7 @@ from .fsdp import Managed
 from .mesh import Mesh
 from .passes.hooks import Hooks
 from .shards import shard_sizes
-from .units import show_tensor
+from .units import counted, show_tensor
 
 
 class Signature(NamedTuple):
@@ -215,7 +215,7 @@ def whole_shape(
             continue
         if isinstance(dim, str) or mesh_dim not in mesh.names or not -len(shape) <= dim < len(shape):
             raise wrong(
-                f"the mesh has dims {', '.join(mesh.names)}, the tensor {len(shape)} dims",
+                f"the mesh has dims {', '.join(mesh.names)}, the tensor {counted(len(shape), 'dim')}",
                 "write it as {mesh dim: number of the tensor's dim}",
             )
         m = mesh.names.index(mesh_dim)

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from dsp_auto.errors import LayoutError
+from dsp_auto.units import counted
 
 from .capture import Program
 from .factors import Factors, Op, Value
@@ -250,7 +251,7 @@ def _names(program: Program, made: Factors, dim_names: Mapping[str, str]) -> dic
         value = inputs[argument]
         if len(given) != len(value.shape):
             raise LayoutError(
-                asked=f"dim_names gives {len(given)} names to {argument} ({text!r})",
+                asked=f"dim_names gives {counted(len(given), 'name')} to {argument} ({text!r})",
                 found=f"its shape is {list(value.shape)}",
                 remedy="give one name a dim",
             )

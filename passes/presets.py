@@ -23,6 +23,7 @@ from typing import Any
 
 from dsp_auto.errors import MeshError, NoShardableFactorError, StrategyError
 from dsp_auto.mesh import Mesh
+from dsp_auto.units import counted
 
 from .factors import Factors
 
@@ -267,7 +268,7 @@ def _nothing(
     return MeshError(
         asked=f"cannot shard over mesh dim {name} of {mesh.whole[name]} ranks",
         found=f"every factor that strategy {strategy!r} may shard is {shorter}: {_describe(factors, wanted)}",
-        remedy=f"use at most {factors.sizes[longest]} ranks on a mesh dim",
+        remedy=f"use at most {counted(factors.sizes[longest], 'rank')} on a mesh dim",
     )
 
 

@@ -363,7 +363,7 @@ def test_a_model_without_a_sequence_is_data_parallel_by_auto_and_refused_by_dsp(
         ({"out_layouts": 3}, dsp_auto.LayoutError, "3"),
         ({"time_limit": 1e-6}, dsp_auto.StrategyError, "time_limit"),
         ({"out_layouts": {"sp": "Q"}}, dsp_auto.LayoutError, "'Q'"),
-        ({"out_layouts": [{"sp": 1}, None]}, dsp_auto.LayoutError, "1 tensors"),
+        ({"out_layouts": [{"sp": 1}, None]}, dsp_auto.LayoutError, "returns 1 tensor. "),
         ({"dim_names": {"video": "B T"}}, dsp_auto.LayoutError, "shape is"),
         ({"dim_names": {"film": "B T S C"}}, dsp_auto.LayoutError, "video"),
     ],
