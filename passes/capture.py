@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import os
 import time
 import traceback
@@ -34,6 +33,7 @@ from .hooks import Hooks, traced
 from .inline_no_grad import inline_no_grad
 from .normalize import compose, drop_assertions, drop_empty_parts, write_out_shapes
 from .propagate import Saved, propagate
+from .quiet import quiet
 
 aten = torch.ops.aten
 
@@ -217,7 +217,7 @@ def _without_meta(model: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Modul
 
 def _export(model: nn.Module, args: tuple, kwargs: dict) -> torch.export.ExportedProgram:
     try:
-        with marking() as marks:
+        with marking() as marks, quiet():
             exported = torch.export.export(model, args, kwargs, strict=False)
             if marks.count and torch.is_grad_enabled():
                 with fx_traceback.preserve_node_meta():  # which keeps the marks, and takes a little longer
@@ -262,9 +262,6 @@ def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
     """The innermost submodule that runs when export fails, found by exporting once more with hooks on."""
     names = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
-    told = logging.getLogger("torch.fx.experimental.symbolic_shapes")  # which has said all it has to say
-    level = told.level
-    told.setLevel(logging.ERROR)
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         stack.pop()
@@ -274,11 +271,11 @@ def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
         nn.modules.module.register_module_forward_hook(leave),
     ]
     try:
-        torch.export.export(model, args, kwargs, strict=False)
+        with quiet():
+            torch.export.export(model, args, kwargs, strict=False)
     except Exception:
         return next((name for name in reversed(stack) if name), "")
     finally:
-        told.setLevel(level)
         for hook in hooks:
             hook.remove()
     return ""
