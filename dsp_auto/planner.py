@@ -318,7 +318,7 @@ def plan(
     strategy: one of `passes.presets`: "dsp", "ulysses", "megatron-lm", "megatron-sp", "ring", or "auto", which may do all that
         they do. None: "dsp" for a model of several sequences that are long enough, else "auto" with all parameters left whole.
     shard_parameters: whether ranks may hold parts of parameters (as DTensors); None: as the strategy has it.
-    dim_names: names of the inputs' dims for people: `{"video": "B T S C"}`.
+    dim_names: names of the inputs' dims for people: `{"video": "B T S C"}`, or `"B (T S) C"` where the model splits a dim.
     in_layouts: how inputs arrive, `{"video": {"sp": 1}}`: cut along dim 1 over mesh dim sp. out_layouts: how outputs leave,
         `{"sp": 1}`, or one entry for each tensor the model returns. What is not named is replicated.
     time_limit: seconds for the solver; the plan carries the gap that is left.
