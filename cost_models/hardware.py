@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from dsp_auto.errors import StrategyError
 
@@ -414,20 +414,15 @@ PROFILES = {
         ),
     )
 }
+DEFAULT = "h100"  # the profile where nothing is said
 
 
-@overload
-def as_hardware(hardware: str | PathLike | Hardware) -> Hardware: ...
-
-
-@overload
-def as_hardware(hardware: str | PathLike | Hardware | None) -> Hardware | None: ...
-
-
-def as_hardware(hardware: str | PathLike | Hardware | None) -> Hardware | None:
-    """A profile by name, from a `.json` file, or as it is. Raises StrategyError for what is neither."""
-    if hardware is None or isinstance(hardware, Hardware):
+def as_hardware(hardware: str | PathLike | Hardware | None) -> Hardware:
+    """A profile by name, from a `.json` file, or as it is; None: `DEFAULT`. Raises StrategyError for what is neither."""
+    if isinstance(hardware, Hardware):
         return hardware
+    if hardware is None:
+        hardware = DEFAULT
     if isinstance(hardware, str) and hardware in PROFILES:
         return PROFILES[hardware]
     if isinstance(hardware, (str, PathLike)) and str(hardware).endswith(".json"):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
@@ -21,6 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from .c10d import timeout_of_mesh, world_store
 from .errors import AgreementError, MeshError
 from .failures import failed
+from .progress import warn
+from .units import show_tensor
+from .values import deviation, digest, sketch
 
 # Of each set of ranks and patience, the group and the world that it was made in.
 _groups: dict[tuple[tuple[int, ...], timedelta], tuple[Any, Any]] = {}
@@ -101,9 +105,56 @@ class Agreement:
                 return
             # Whoever compares like this sees a difference on every rank, so all of them come here.
             told = self.gather(describe())
-            raise AgreementError(asked=asked, found=_differences(told), remedy=remedy)
+            raise AgreementError(asked=asked, found=_differences(dict(enumerate(told))), remedy=remedy)
 
         return finish
+
+    def check_values(
+        self, tensors: Sequence[torch.Tensor], parts: Sequence[Sequence[Hashable]], names: Callable[[], Sequence[str]]
+    ) -> None:
+        """Raises AgreementError on every rank where ranks that hold the same part of a tensor hold different values of it.
+
+        parts: of each tensor, which part every rank holds. names: of the tensors, for people; asked for only then. Costs one
+        all-gather of 8 bytes a tensor. Floating point values that differ no more than by rounding are a warning.
+        """
+        if self.size == 1 or not tensors:
+            return
+        own = [digest(tensor) or 0 for tensor in tensors]
+        told = torch.stack(self._gather_tensors(torch.tensor(own))()).t().tolist()
+        holders = [_same(held) for held in parts]
+        differ = [
+            n for n, digests in enumerate(told) if any(len({digests[r] for r in ranks}) > 1 for ranks in holders[n])
+        ]
+        if not differ:
+            return
+        # Every rank sees the same numbers, so all of them come here, and to the same end.
+        numbers = self.gather({n: sketch(tensors[n]) for n in differ if _eps(tensors[n])})
+        called, wrong = names(), []
+        for n in differ:
+            rounding = math.sqrt(_eps(tensors[n]))
+            by = max(deviation([numbers[r][n] for r in ranks]) for ranks in holders[n]) if rounding else math.inf
+            if by > rounding:
+                wrong.append(n)
+                continue
+            warn(
+                f"the ranks' values of {called[n]} differ by {by:.1e} of their norm. That is taken for rounding; to be rid of "
+                "it, compute them on one rank and broadcast them."
+            )
+        if not wrong:
+            return
+        shown = self.gather({n: f"{_begin(tensors[n])} (digest {own[n] % 2**64:016x})" for n in wrong})
+        # Ranks that hold different parts are not to be compared.
+        ranks = next(ranks for ranks in holders[wrong[0]] if len({told[wrong[0]][r] for r in ranks}) > 1)
+        first = _differences({r: shown[r][wrong[0]] for r in ranks})
+        others = f"; so do those of {', '.join(called[n] for n in wrong[1:])}" if wrong[1:] else ""
+        raise AgreementError(
+            asked="the ranks were given different values",
+            found=f"those of {called[wrong[0]]} ({show_tensor(tensors[wrong[0]].dtype, tensors[wrong[0]].shape)}) differ: "
+            f"{first}{others}",
+            remedy="give every rank of the mesh the same batch. Ranks that are to take batches of their own are a mesh dim "
+            'that is not given to parallelize: parallelize(model, mesh["sp"]) and DistributedSampler(data, '
+            'num_replicas=mesh["dp"].size(), rank=mesh["dp"].get_local_rank())',
+        )
 
     @cached_property
     def _timeout(self) -> timedelta:
@@ -156,9 +207,30 @@ class Agreement:
         return value
 
 
-def _differences(told: list[Any]) -> str:
+def _same(held: Sequence[Hashable]) -> list[list[int]]:
+    """The ranks that hold one part, for each of the parts that the ranks hold."""
+    found: dict[Hashable, list[int]] = {}
+    for rank, part in enumerate(held):
+        found.setdefault(part, []).append(rank)
+    return list(found.values())
+
+
+def _eps(tensor: torch.Tensor) -> float:
+    """The relative rounding of its numbers; 0 where they are exact."""
+    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() or tensor.is_complex() else 0.0
+
+
+def _begin(tensor: torch.Tensor) -> str:
+    """The first values of a tensor, for people."""
+    first = tensor.detach().flatten()[:3].tolist()
+    shown = [f"{value:.4g}" if _eps(tensor) else str(value) for value in first]
+    return ", ".join(shown + ["…"] * (tensor.numel() > len(first)))
+
+
+def _differences(told: Mapping[int, Any]) -> str:
+    """What is told, and by which ranks."""
     groups: dict[str, list[int]] = {}
-    for rank, text in enumerate(told):
+    for rank, text in told.items():
         groups.setdefault(str(text), []).append(rank)
     return "; ".join(
         f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}" for text, ranks in groups.items()

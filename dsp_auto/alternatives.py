@@ -53,7 +53,8 @@ class Alternatives:
             rows.append([*row, "as planned" if one.is_plan else ""])
         align = ["left", "left", *["right"] * (len(heads) - 3), "left"]
         table = tabulate(rows, heads, disable_numparse=True, colalign=align)
-        head = f"what the whole plan would cost on a device if the ops in {self.modules} that can sharded this over a mesh dim"
+        where = f"the ops in {self.modules} sharded this, where they can, over a mesh dim"
+        head = f"what the whole plan would cost on a device if {where}"
         return "\n\n".join([head, table] + ["\n".join(refused)] * bool(refused))
 
 

@@ -41,6 +41,7 @@ from .cost_models.hardware import KINDS, RINGS, Hardware, Kernel, Link, Rate
 from .errors import DspError, MeshError
 from .mesh import Mesh, as_mesh
 from .spawn import spawn
+from .units import counted
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
@@ -81,11 +82,11 @@ def calibrate(mesh: DeviceMesh, *, quick: bool = False, name: str = "calibrated"
     """
     shape = as_mesh(mesh)
     if not dist.is_initialized() or dist.get_world_size() != shape.ranks:
-        found = f"{dist.get_world_size()} processes" if dist.is_initialized() else "no process group"
+        found = counted(dist.get_world_size(), "process") if dist.is_initialized() else "no process group"
         raise MeshError(
             asked=f"calibrate the mesh {shape}",
             found=found,
-            remedy=f"run it under torchrun with {shape.ranks} processes, or pass the mesh of all of them",
+            remedy=f"run it under torchrun with {counted(shape.ranks, 'process')}, or pass the mesh of all of them",
         )
     clock = _Clock(mesh.device_type, BLOCK_SECONDS / (2 if quick else 1))
     kernel_seconds: dict[Launch, list[float]] = {}
@@ -477,7 +478,7 @@ def run(options: argparse.Namespace) -> int:
     if there != shape.ranks:
         raise MeshError(
             asked=f"calibrate the mesh {shape}",
-            found=f"there {'are' if there > 1 else 'is'} {there} process{'es' * (there > 1)} (WORLD_SIZE)",
+            found=f"there {'are' if there > 1 else 'is'} {counted(there, 'process')} (WORLD_SIZE)",
             remedy=f"run it under torchrun --nproc-per-node={shape.ranks}, or with --launch",
         )
     if not dist.is_initialized():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .cost_models.hardware import Hardware, as_hardware
 from .errors import ConstraintError, DspError, InfeasibleError, MeshError, NoShardableFactorError, StrategyError
@@ -200,6 +201,7 @@ class Comparison:
         return tabulate(rows, headers=heads, disable_numparse=True, colalign=align)
 
 
+@unset_fake_temporarily()  # see `plan`
 def compare(
     model: nn.Module,
     mesh: Any,
@@ -207,7 +209,7 @@ def compare(
     kwargs: Mapping[str, Any] | None = None,
     *,
     strategies: Sequence[str] | None = None,
-    hardware: str | PathLike | Hardware = "h100",
+    hardware: str | PathLike | Hardware | None = None,
     layers: int | None = None,
     **options: Any,
 ) -> Comparison:
@@ -215,7 +217,7 @@ def compare(
     a step of each. Under `torch.no_grad()` a step is the forward alone.
 
     strategies: of `passes.presets`; None: all of them. hardware: what predictions are for (and plans, for the objective
-    "time"). layers: how many the table counts per layer; None: the model's repeated blocks.
+    "time"); None: "h100". layers: how many the table counts per layer; None: the model's repeated blocks.
     options: as `dsp_auto.plan`, the same for each.
 
     A strategy that this model, mesh or capacity does not admit has the reason in place of a plan. Raises what is wrong

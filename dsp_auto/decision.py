@@ -30,7 +30,7 @@ from .passes.solve import Solution
 from .passes.stages import Stage
 from .plain_data import shorten
 from .plan import Plan
-from .units import show_tensor
+from .units import counted, show_tensor
 
 if TYPE_CHECKING:
     from .planner import Prepared
@@ -209,7 +209,7 @@ def _choice(problem: Problem, made: Mapping[str, Any]) -> tuple[int, ...]:
     stages, found = problem.graph.stages, []
     ways = [_read_way(way) for way in made["ways"]]
     if len(stages) != len(made["stages"]):
-        raise _cannot(f"it decides over {len(made['stages'])} stages, and the model has {len(stages)}")
+        raise _cannot(f"it decides over {counted(len(made['stages']), 'stage')}, and the model has {len(stages)}")
     for stage, (name, number, _) in zip(stages, made["stages"]):
         if name != _stage_name(stage) or number >= len(ways):
             raise _cannot(f"it has the stage {name!r} in place of {_stage_name(stage)!r}", stage.name)

@@ -110,7 +110,7 @@ class InfeasibleError(DspError):
             )
             if least_bytes is not None:
                 found += f"; the least any plan needs is {_size(least_bytes)}"
-            remedy = remedy or "Use more ranks, recompute activations, or a smaller batch"
+            remedy = remedy or "use more ranks or a smaller batch"
         super().__init__(asked, found, where, remedy)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .errors import DspError
+from .units import counted
 
 
 def build(
@@ -42,7 +43,7 @@ def build(
             raise DspError(asked=f"{name} fails", found=reason(error)) from error
     wanted = "(model, args, kwargs)"
     if not isinstance(built, tuple) or len(built) != 3:
-        shown = f"{len(built)} values" if isinstance(built, tuple) else f"a {type(built).__name__}"
+        shown = counted(len(built), "value") if isinstance(built, tuple) else f"a {type(built).__name__}"
         raise DspError(asked=f"{name} must return {wanted}", found=f"it returns {shown}")
     for value, kind, what in zip(built, (nn.Module, tuple, Mapping), ("a Module", "a tuple", "a dict")):
         if not isinstance(value, kind):

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from functools import lru_cache
 from inspect import Parameter, signature
 from os import PathLike
@@ -19,6 +20,7 @@ from typing import Any
 
 from tabulate import tabulate
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .capacity import find_capacity
 from .cost_models.hardware import Hardware, as_hardware
@@ -42,6 +44,7 @@ STRATEGIES = tuple(name for name in PRESETS if name != "auto")
 TIME_LIMIT = 20.0  # seconds for a plan
 # A size is passed over where an even share of what a smaller one needs at least is so much above the capacity.
 MARGIN = 1.1
+MOST_GPUS = 2**20  # whose divisors are quickly found, and more than there are anywhere
 KEPT = 8  # captured programs, each of another length
 
 
@@ -203,6 +206,7 @@ def _fitted(data: Mapping[str, Any]) -> Fitted:
     return Fitted(**{**data, **splits, "undecided": tuple(data["undecided"])})
 
 
+@unset_fake_temporarily()  # see `plan`
 def fit(
     model: nn.Module | Callable[..., tuple],
     gpus: int,
@@ -212,7 +216,7 @@ def fit(
     *,
     arguments: Mapping[str, Any] | None = None,
     strategies: Sequence[str] | None = None,
-    hardware: str | PathLike | Hardware = "h100",
+    hardware: str | PathLike | Hardware | None = None,
     reserve: float | None = None,
     optimizer: str | TrainingState | None = "adam",
     zero: int | None = None,
@@ -226,9 +230,10 @@ def fit(
     the rest of `gpus`. No process group, no GPU and no weights. Under `torch.no_grad()` a step is the forward alone.
 
     model: a module; or a factory, called as `factory(**arguments)` on fake tensors, that returns (model, args, kwargs).
-    gpus: all there are. Sizes are the powers of two up to them, where they are one themselves; else all their divisors.
+    gpus: all there are, 2**20 at most. Sizes are the powers of two up to them, where they are one themselves; else all their
+        divisors.
     capacity, reserve, recompute: as `dsp_auto.plan`. A plan that keeps all activations is preferred on the same size.
-    strategies: of `passes.presets`; None: all but "auto". hardware: what predictions are for.
+    strategies: of `passes.presets`; None: all but "auto". hardware: what predictions are for; None: "h100".
     optimizer: as `dsp_auto.plan`. zero: the stage of ZeRO over the replicas, 0 to 3; None: that of `optimizer`.
     sequence: an argument of the factory; for every size and strategy the largest value of it that fits is looked for, in steps
         of `step`, from the one it has now.
@@ -382,6 +387,8 @@ def _check(names: Sequence[str], gpus: Any, step: Any) -> None:
     for what, value in (("gpus", gpus), ("step", step)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise MeshError(asked=f"{what} {value!r}", found="it is a number", remedy="use 1 or more")
+    if gpus > MOST_GPUS:
+        raise MeshError(asked=f"gpus {Decimal(gpus):.4g}", found="these are too many to try", remedy=f"use at most {MOST_GPUS}")
 
 
 def _sizes(gpus: int) -> tuple[int, ...]:

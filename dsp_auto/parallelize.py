@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from os import PathLike
+from traceback import walk_stack
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ from .parameters import (
     parts_of_plan,
     placements_in,
 )
-from .passes.capture import Program, capture, ordered_kwargs, positions_of
+from .passes.capture import Program, capture, check_not_zero_3, ordered_kwargs, positions_of
 from .passes.checkpointing import local_module
 from .passes.factors import Factors
 from .passes.hooks import Hooks, traced
@@ -55,7 +56,8 @@ from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .progress import log_plan, step
 from .randomness import on_shard
-from .signature import Signature, as_text, describe, named_inputs, signature, whole_shape
+from .signature import Signature, as_text, describe, named_inputs, signature, tensor_paths, whole_shape
+from .units import counted
 
 # The same containers, not copies: what is loaded, moved or replaced in a parallel module is so in its model.
 _SHARED = (
@@ -94,8 +96,9 @@ def parallelize(
 
     Planned at the first call, once per signature (shapes, dtypes, training and grad mode, non-tensor arguments), or at once
     with `args` and `kwargs`. Every rank passes the same full inputs and gets the same full outputs, and after `backward()`
-    holds the gradients one device would, unless `in_layouts` and `out_layouts` say otherwise. The module shares the
-    model's parameters, buffers and submodules, and so its `state_dict` keys.
+    holds the gradients one device would, unless `in_layouts` and `out_layouts` say otherwise. The first call of a signature
+    checks that the values of inputs are the same. The module shares the model's parameters, buffers and submodules, and so its
+    `state_dict` keys.
 
     Where the plan holds parameters in parts (see `shard_parameters`), all parameters of the model become DTensors over `mesh`
     once it is made, and so do their gradients: of whole shape, with this rank's part in memory. So they stay, for plans of
@@ -171,6 +174,7 @@ class _Prepared:
     sources: list[_Held | torch.Tensor | None]  # None: the next user input
     program: Program
     draws: bool  # random numbers
+    compared: bool  # in a call: the values that the ranks were given
     cut: _Cut
 
 
@@ -361,7 +365,7 @@ class ParallelModule(nn.Module):
         return name
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        prepared, leaves, finish = self._find(args, kwargs)
+        prepared, leaves, finish = self._find(args, kwargs, run=True)
         inputs = iter(leaves)
         program = prepared.program
         # The ranks' agreement is on its way while they compute, and must be there before they communicate.
@@ -395,9 +399,12 @@ class ParallelModule(nn.Module):
                 values[n].copy_(result)
         return results
 
-    def _find(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Prepared, list[Any], Callable[[], None]]:
+    def _find(
+        self, args: tuple, kwargs: dict[str, Any], run: bool = False
+    ) -> tuple[_Prepared, list[Any], Callable[[], None]]:
         """The program for these arguments, made if need be; the arguments in its order; and what finishes the check that
-        all ranks were called alike, to be called before anything is communicated."""
+        all ranks were called alike, to be called before anything is communicated. run: it is to be run, so that the values of
+        the arguments are checked too where they are the first of this signature."""
         state = self._dsp
         kwargs = dict(sorted(kwargs.items()))
         shapes = self._global_shapes(args, kwargs) if state.options.in_layouts else {}
@@ -407,21 +414,28 @@ class ParallelModule(nn.Module):
             called = self._signature(args, kwargs, shapes)
             prepared = state.kept.get(called.key)
         text = "new " + as_text(called.read) if prepared is None else prepared.signature
+        compare = run and not (prepared is not None and prepared.compared) and not _is_for_metadata()
+        if compare:
+            text = "first " + text
         finish = state.agreement.begin_check(
             text + str([(n, len(hooks), gradients) for n, hooks, gradients in called.entered]) if called.entered else text,
             lambda: describe(args, kwargs, self.training)
-            + (f", {len(called.entered)} modules whose hooks run" if called.entered else ""),
+            + (f", {counted(len(called.entered), 'module')} whose hooks run" if called.entered else ""),
             asked="the ranks were called with different arguments",
             remedy="every rank must pass the same inputs (same shapes, dtypes, modes, hooks and non-tensor arguments)",
         )
-        if prepared is None:
+        if prepared is None or compare:
             finish()
             finish = _nothing
+        if compare:
+            self._check_values(args, kwargs, shapes)
+        if prepared is None:
             prepared = self._prepare(args, kwargs, shapes, called)
             called = self._signature(args, kwargs, shapes)  # which changes where the plan holds parameters in parts
             state.kept[called.key] = prepared
             if len(state.kept) > state.max_signatures:
                 state.kept.popitem(last=False)
+        prepared.compared |= compare
         if called.entered != prepared.cut.entered:
             prepared.cut = self._cut(prepared, called)
         state.kept.move_to_end(called.key)
@@ -474,7 +488,7 @@ class ParallelModule(nn.Module):
         module = local_module(graph, ready.program.module)
         agreement.check(
             plan.digest + str(ready.program.graph),
-            lambda: f"plan {plan.digest[:12]}, {len(ready.program.graph.nodes)} nodes",
+            lambda: f"plan {plan.digest[:12]}, {counted(len(ready.program.graph.nodes), 'node')}",
             asked="the ranks do not hold the same model or plan",
             remedy="run the same code on every rank",
         )
@@ -489,7 +503,7 @@ class ParallelModule(nn.Module):
         sources = self._sources(ready.program, whole)
         positions = positions_of(ready.program.inputs)
         flat = _Cut((), module.forward, sources, positions)
-        return _Prepared(text, plan, graph, module, sources, ready.program, draws(ready.factors), flat)
+        return _Prepared(text, plan, graph, module, sources, ready.program, draws(ready.factors), False, flat)
 
     def _cut(self, prepared: _Prepared, called: Signature) -> _Cut:
         """The program, to run through the modules that have hooks now."""
@@ -551,6 +565,7 @@ class ParallelModule(nn.Module):
     ) -> Iterator[tuple[tuple, dict]]:
         """Inside, the model can be captured with the arguments that this gives."""
         state = self._dsp
+        check_not_zero_3(state.model)  # before hooks run
         if not (shapes or state.in_parts or called.managed):
             yield args, kwargs
             return
@@ -584,6 +599,20 @@ class ParallelModule(nn.Module):
             asked="the ranks do not have the same versions and options",
             remedy="run the same code, versions and options on every rank",
         )
+
+    def _check_values(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> None:
+        """Ranks that should hold the same of an argument do: what each computes is a part of the result for all."""
+        state, mesh = self._dsp, as_mesh(self._dsp.mesh)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        cut = {id(value): name for name, value in named_inputs(state.model, args, kwargs).items() if id(value) in shapes}
+
+        def parts(tensor: torch.Tensor) -> list[tuple[int, ...]]:
+            layout = state.options.in_layouts[cut[id(tensor)]] if id(tensor) in cut else {}
+            over = [mesh.names.index(name) for name, dim in layout.items() if dim is not None]
+            coordinates = [mesh.coordinate(rank) for rank in range(state.agreement.size)]
+            return [tuple(own[m] for m in over) for own in coordinates]
+
+        state.agreement.check_values(tensors, [parts(tensor) for tensor in tensors], lambda: tensor_paths(args, kwargs))
 
     def _check_random(self) -> None:
         """What all ranks hold they must draw alike, and the seeds of what they share too."""
@@ -673,6 +702,13 @@ class _StandIn(nn.Module):
 
 def _nothing() -> None:
     pass
+
+
+def _is_for_metadata() -> bool:
+    """Whether a `PipelineStage` calls to see the shapes of what its module returns, on memory that holds anything."""
+    stage = "torch.distributed.pipelining.stage"
+    callers = {frame.f_code.co_name for frame, _ in walk_stack(None) if frame.f_globals.get("__name__") == stage}
+    return bool(callers) and "forward_one_chunk" not in callers
 
 
 def _innermost(path: str, of: Collection[str]) -> str | None:

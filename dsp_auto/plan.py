@@ -15,7 +15,7 @@ from tabulate import tabulate
 from .errors import PlanError
 from .plain_data import COUNT, NOTHING, NUMBER, POSITIVE, Either, check, load_json
 from .plan_diff import show_diff
-from .units import show_bytes
+from .units import counted, show_bytes
 
 if TYPE_CHECKING:
     from .alternatives import Alternatives
@@ -273,12 +273,12 @@ class Plan:
         ]
         if total["early"]["count"]:
             count, hidden = total["early"]["count"], total["early"]["hidden_seconds"]
-            lines.insert(1, f"issued early: {count} collectives, {hidden * 1e6:.0f} us of them beside other work in a forward")
+            lines.insert(1, f"issued early: {counted(count, 'collective')}, {hidden * 1e6:.0f} us beside other work in a forward")
         chosen = [entry for entry in self.recomputed if entry["by"] == "plan"]
         if chosen:
             names = [entry["modules"] for entry in chosen]
             shown = ", ".join(names) if len(names) <= 4 else f"{names[0]} … {names[-1]}"
-            lines.insert(-1, f"recomputed in backward: {len(chosen)} blocks ({shown})")
+            lines.insert(-1, f"recomputed in backward: {counted(len(chosen), 'block')} ({shown})")
         if self.parameters["in_parts"]:
             whole, own = self.parameters["bytes"], self.parameters["device_bytes"]
             lines.insert(

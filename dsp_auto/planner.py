@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .alternatives import Alternative, Alternatives
 from .capacity import Capacity, find_capacity
@@ -59,6 +60,7 @@ from .passes.summarize import group_stages, summarize
 from .plain_data import shorten
 from .plan import Plan
 from .progress import log_plan, step
+from .units import counted
 
 # What the solver gets at least, where other spaces took the time.
 LEAST_SECONDS = 1.0
@@ -100,7 +102,8 @@ class Options:
     ) -> Options:
         """device: for the capacity "free"."""
         found = find_capacity(capacity, reserve, device)
-        options = cls(capacity=found, hardware=as_hardware(hardware), optimizer=as_state(optimizer), **rest)
+        profile = None if hardware is None else as_hardware(hardware)
+        options = cls(capacity=found, hardware=profile, optimizer=as_state(optimizer), **rest)
         share = options.may_stay_whole
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise StrategyError(
@@ -129,7 +132,7 @@ class Options:
         _check_spec_types(options)
         read_constraints(options.constraints, options.keep_whole)
         if options.objective == "time" and options.hardware is None:
-            options = replace(options, hardware=as_hardware("h100"))
+            options = replace(options, hardware=as_hardware(None))
         return options
 
 
@@ -274,6 +277,7 @@ class Prepared:
         )
 
 
+@unset_fake_temporarily()  # a mode of the caller's, which does not know the fake tensors of planning
 def plan(
     model: nn.Module,
     mesh: Any,
@@ -319,7 +323,7 @@ def plan(
     strategy: one of `passes.presets`: "dsp", "ulysses", "megatron-lm", "megatron-sp", "ring", or "auto", which may do all that
         they do. None: "dsp" for a model of several sequences that are long enough, else "auto" with all parameters left whole.
     shard_parameters: whether ranks may hold parts of parameters (as DTensors); None: as the strategy has it.
-    dim_names: names of the inputs' dims for people: `{"video": "B T S C"}`.
+    dim_names: names of the inputs' dims for people: `{"video": "B T S C"}`, or `"B (T S) C"` where the model splits a dim.
     in_layouts: how inputs arrive, `{"video": {"sp": 1}}`: cut along dim 1 over mesh dim sp. out_layouts: how outputs leave,
         `{"sp": 1}`, or one entry for each tensor the model returns. What is not named is replicated.
     time_limit: seconds for the solver; the plan carries the gap that is left.
@@ -383,6 +387,7 @@ def plan_given(program: Program, mesh: Mesh, plan: Plan) -> Plan:
     return found
 
 
+@unset_fake_temporarily()
 def find_alternatives(
     prepared: Prepared, solution: Solution, made: Plan, of: Constraint, seconds: float = math.inf
 ) -> Alternatives:
@@ -671,8 +676,8 @@ def _out_layouts(program: Program, factors: Factors, mesh: Mesh, specs: Any) -> 
     listed = [specs] if isinstance(specs, Mapping) else list(specs)
     if len(listed) != len(tensors):
         raise LayoutError(
-            asked=f"out_layouts describes {len(listed)} outputs",
-            found=f"the model returns {len(tensors)} tensors",
+            asked=f"out_layouts describes {counted(len(listed), 'output')}",
+            found=f"the model returns {counted(len(tensors), 'tensor')}",
             remedy="give one entry for each tensor that the model returns, None for replicated ones",
         )
     return {

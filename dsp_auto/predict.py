@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from .cost_models.compute import Launch, RecordLaunches
@@ -117,20 +117,21 @@ def _exposed(events: Sequence[Event], hardware: Hardware, factor: float) -> floa
     return exposed + max(0.0, free - now)
 
 
+@unset_fake_temporarily()  # see `plan`
 def predict(
     model: nn.Module,
     mesh: Any,
     args: tuple = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    hardware: str | PathLike | Hardware = "h100",
+    hardware: str | PathLike | Hardware | None = None,
     rank: int = 0,
     **options: Any,
 ) -> Prediction:
     """Plan `model(*args, **kwargs)` over `mesh` as `dsp_auto.plan` does, and predict a step of its `rank`-th device: forward
     and backward, or the forward alone under `torch.no_grad()`. No process group, no GPU and no weights.
 
-    options, and what it raises: as `dsp_auto.plan`.
+    hardware: what the prediction is for; None: "h100". options, and what it raises: as `dsp_auto.plan`.
     """
     profile = as_hardware(hardware)
     chosen = Options.of(hardware=profile, **options)

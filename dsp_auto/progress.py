@@ -1,8 +1,8 @@
 """Progress: what planning says while it goes on, and once a plan is made.
 
-Logs go to the logger "dsp_auto" and those below it: a line at INFO for each plan, on the first rank alone (on others at DEBUG),
-and at DEBUG the plan itself and what each step took. On a terminal the first rank also says on stderr what takes long; into a
-pipe or a file nothing is written.
+Logs go to the logger "dsp_auto" and those below it: a line at INFO for each plan, and warnings, on the first rank alone (on
+others at DEBUG), and at DEBUG the plan itself and what each step took. On a terminal the first rank also says on stderr what
+takes long; into a pipe or a file nothing is written.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ def log_plan(plan: Plan) -> None:
         f" of {show_bytes(memory['capacity_bytes'])}" if memory["capacity_bytes"] is not None else "",
     )
     _log.debug("the plan %s:\n%s", plan.digest[:12], plan)
+
+
+def warn(text: str) -> None:
+    """Logs what every rank has seen, at WARNING on the first rank alone."""
+    _log.log(logging.WARNING if _is_first_rank() else logging.DEBUG, text)
 
 
 def _say(text: str) -> None:

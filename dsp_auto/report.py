@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .alternatives import Alternatives
 from .compare import Candidate, Comparison, candidate_of, count_blocks, find_candidate
@@ -93,6 +94,7 @@ class Report:
         return self.plan.headline()
 
 
+@unset_fake_temporarily()  # see `plan`
 def report(
     model: nn.Module,
     mesh: Any,
@@ -142,7 +144,7 @@ def report_program(
     else:
         prepared, solution = prepare_given(program, mesh, made)
         chosen = replace(prepared.options, shard_parameters=None)
-    hardware = hardware or chosen.hardware or as_hardware("h100")
+    hardware = hardware or chosen.hardware or as_hardware(None)
     hardware.on(mesh.whole)  # which refuses a mesh that it was not measured on
     if solution is None:
         with step(f"solving for {mesh}"):

@@ -18,7 +18,7 @@ from .alternatives import Alternative, Alternatives, figures
 from .passes.factors import common_name
 from .plan import Enter, Plan, PlanStage
 from .show_memory import STEP, breakdown, timeline
-from .units import show_bytes, show_seconds
+from .units import counted, show_bytes, show_seconds
 
 if TYPE_CHECKING:
     from .report import Alike, Report
@@ -364,11 +364,11 @@ def _notes(plan: Plan) -> Iterator[str]:
     if plan.parameters["in_parts"]:
         held, whole = show_bytes(plan.parameters["device_bytes"]), show_bytes(plan.parameters["bytes"])
         count = len(plan.parameters["in_parts"])
-        yield f"{count} parameters are held in parts: {held} of {whole} on each device."
+        yield f"Of {counted(count, 'parameter')} each device holds a part: {held} of {whole}."
     again = [entry["modules"] for entry in plan.recomputed]
     if again:
         names = ", ".join(again) if len(again) <= NAMED else f"{again[0]}, {again[1]} … {again[-1]}"
-        yield f"Backward computes {len(again)} blocks once more instead of keeping their activations: {names}."
+        yield f"Backward computes {counted(len(again), 'block')} once more instead of keeping their activations: {names}."
     if plan.split:
         parts = " × ".join(f"{name}={size}" for name, size in plan.split.items())
         yield f"The planner split the mesh further: {parts}."

@@ -18,7 +18,7 @@ from .fsdp import Managed
 from .mesh import Mesh
 from .passes.hooks import Hooks
 from .shards import shard_sizes
-from .units import show_tensor
+from .units import counted, show_tensor
 
 
 class Signature(NamedTuple):
@@ -183,6 +183,19 @@ def named_inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> di
     return {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
 
 
+def tensor_paths(args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """Where in the call each tensor stands, in the order of its leaves: `args[0]`, `kwargs['text']['mask']`."""
+    found = []
+    arguments = [(f"args[{n}]", value) for n, value in enumerate(args)]
+    for argument, value in (*arguments, *((f"kwargs[{name!r}]", value) for name, value in kwargs.items())):
+        try:
+            leaves = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
+        except ValueError:  # holds a class of the user's that is registered without the names of what is in it
+            leaves = [("", leaf) for leaf in pytree.tree_leaves(value)]
+        found += [argument + path for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return found
+
+
 def whole_shape(
     name: str, spec: Mapping[str, Any], parts: Sequence[tuple[int, ...]], mesh: Mesh, rank: int
 ) -> tuple[int, ...]:
@@ -202,7 +215,7 @@ def whole_shape(
             continue
         if isinstance(dim, str) or mesh_dim not in mesh.names or not -len(shape) <= dim < len(shape):
             raise wrong(
-                f"the mesh has dims {', '.join(mesh.names)}, the tensor {len(shape)} dims",
+                f"the mesh has dims {', '.join(mesh.names)}, the tensor {counted(len(shape), 'dim')}",
                 "write it as {mesh dim: number of the tensor's dim}",
             )
         m = mesh.names.index(mesh_dim)

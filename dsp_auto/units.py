@@ -1,4 +1,4 @@
-"""For people: bytes and seconds in the unit that keeps them short, and what a tensor looks like."""
+"""For people: bytes and seconds in the unit that keeps them short, how many there are, and what a tensor looks like."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def show_seconds(amount: float) -> str:
         if abs(amount) >= scale:
             return f"{amount / scale:.3g} {unit}"
     return f"{amount / 1e-6:.3g} us"
+
+
+def counted(amount: int, what: str) -> str:
+    """`counted(2, "rank")` is "2 ranks", of one it is "1 rank"."""
+    return f"{amount} {what}{'' if amount == 1 else 'es' if what.endswith('s') else 's'}"
 
 
 def show_tensor(dtype: torch.dtype, shape: Sequence[int]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import os
 import time
 import traceback
@@ -34,6 +33,7 @@ from .hooks import Hooks, traced
 from .inline_no_grad import inline_no_grad
 from .normalize import compose, drop_assertions, drop_empty_parts, write_out_shapes
 from .propagate import Saved, propagate
+from .quiet import quiet
 
 aten = torch.ops.aten
 
@@ -104,6 +104,7 @@ def capture(
     args, kwargs = tuple(args), dict(kwargs or {})
     _check_call(model, args, kwargs)
     _check_whole(model)
+    check_not_zero_3(model)
     if FakeTensorMode.cache_info().size > MOST_FAKE_RESULTS:
         FakeTensorMode.cache_clear()
     fake, args, kwargs = _without_meta(model, args, kwargs)
@@ -175,6 +176,18 @@ def _check_whole(model: nn.Module) -> None:
             )
 
 
+def check_not_zero_3(model: nn.Module) -> None:
+    """Raises CaptureError for parameters that DeepSpeed's ZeRO-3 has cut: its hooks cannot run on fake tensors."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):  # by which DeepSpeed itself tells them
+            raise CaptureError(
+                asked=f"cannot capture {type(model).__name__}",
+                found=f"{name} belongs to DeepSpeed's ZeRO-3, whose hooks bring it together while modules run",
+                where=name.rpartition(".")[0] or None,
+                remedy="in place of ZeRO-3 use fully_shard, which shards parameters too, or DeepSpeed with stage 1 or 2",
+            )
+
+
 def _without_meta(model: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Module, tuple, dict]:
     """Meta tensors become fake CPU tensors: on `meta` attention takes its math path, whose shapes are not the real ones.
 
@@ -204,7 +217,7 @@ def _without_meta(model: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Modul
 
 def _export(model: nn.Module, args: tuple, kwargs: dict) -> torch.export.ExportedProgram:
     try:
-        with marking() as marks:
+        with marking() as marks, quiet():
             exported = torch.export.export(model, args, kwargs, strict=False)
             if marks.count and torch.is_grad_enabled():
                 with fx_traceback.preserve_node_meta():  # which keeps the marks, and takes a little longer
@@ -249,9 +262,6 @@ def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
     """The innermost submodule that runs when export fails, found by exporting once more with hooks on."""
     names = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
-    told = logging.getLogger("torch.fx.experimental.symbolic_shapes")  # which has said all it has to say
-    level = told.level
-    told.setLevel(logging.ERROR)
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         stack.pop()
@@ -261,11 +271,11 @@ def _failing_module(model: nn.Module, args: tuple, kwargs: dict) -> str:
         nn.modules.module.register_module_forward_hook(leave),
     ]
     try:
-        torch.export.export(model, args, kwargs, strict=False)
+        with quiet():
+            torch.export.export(model, args, kwargs, strict=False)
     except Exception:
         return next((name for name in reversed(stack) if name), "")
     finally:
-        told.setLevel(level)
         for hook in hooks:
             hook.remove()
     return ""

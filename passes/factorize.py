@@ -8,6 +8,7 @@ not nest (6·4 against 8·3) stays apart: that op then needs those dims whole.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 
 from dsp_auto.errors import LayoutError
+from dsp_auto.units import counted
 
 from .capture import Program
 from .factors import Factors, Op, Value
@@ -220,6 +222,32 @@ def _label(op: Op) -> str:
     return "".join(parts[names[-1] :]) if names else op.name
 
 
+def _parse_names(argument: str, text: str) -> list[tuple[str, ...]]:
+    """Of each dim its name, or several in parentheses: `"B (H W) C"` is `[("B",), ("H", "W"), ("C",)]`."""
+    found: list[tuple[str, ...]] = []
+    group: list[str] | None = None
+    for token in re.findall(r"[()]|[^\s,()]+", text):
+        if token == "(" and group is None:
+            group = []
+        elif token == ")" and group:
+            found.append(tuple(group))
+            group = None
+        elif token in "()":
+            group = []
+            break
+        elif group is None:
+            found.append((token,))
+        else:
+            group.append(token)
+    if group is not None:
+        raise LayoutError(
+            asked=f"dim_names of {argument} are {text!r}",
+            found="its parentheses do not match, or hold nothing",
+            remedy='write them as "B T S C", or "B (T S) C" for a dim that the model splits',
+        )
+    return found
+
+
 def _names(program: Program, made: Factors, dim_names: Mapping[str, str]) -> dict[int, str]:
     """The user's names first; then the input's name and dim (`video.1`), then the op's (`proj.2`)."""
     names: dict[int, str] = {}
@@ -246,17 +274,26 @@ def _names(program: Program, made: Factors, dim_names: Mapping[str, str]) -> dic
                 found=f"the model's tensor inputs are {', '.join(inputs)}",
                 remedy="use one of these names",
             )
-        given = text.replace(",", " ").split()
         value = inputs[argument]
+        given = _parse_names(argument, text)
         if len(given) != len(value.shape):
             raise LayoutError(
-                asked=f"dim_names gives {len(given)} names to {argument} ({text!r})",
+                asked=f"dim_names gives {counted(len(given), 'name')} to {argument} ({text!r})",
                 found=f"its shape is {list(value.shape)}",
-                remedy="give one name a dim",
+                remedy="give one name a dim, or (H W) to a dim that the model splits",
             )
-        for name, dim in zip(given, value.dims, strict=True):
-            for index, factor in enumerate(dim):
-                give(factor, name if len(dim) == 1 else f"{name}{index}")
+        for position, (own, dim) in enumerate(zip(given, value.dims, strict=True)):
+            if len(own) == 1:
+                own = own if len(dim) == 1 else tuple(f"{own[0]}{index}" for index in range(len(dim)))
+            elif len(own) != len(dim):
+                sizes = " x ".join(str(made.sizes[factor]) for factor in dim)
+                raise LayoutError(
+                    asked=f"dim_names gives {counted(len(own), 'name')} to dim {position} of {argument} ({text!r})",
+                    found=f"the model takes it as {sizes}" if len(dim) > 1 else f"the model does not split its {sizes} places",
+                    remedy="give a name to each of these, or one to the dim",
+                )
+            for name, factor in zip(own, dim, strict=True):
+                give(factor, name)
     for argument, value in inputs.items():
         for position, dim in enumerate(value.dims):
             for index, factor in enumerate(dim):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,14 @@ class Step:
     mesh_dims: tuple[int, ...]
     before: Layout
     after: Layout
+    _hash: int = field(init=False, repr=False, compare=False)  # which planning asks for a million times
+
+    def __post_init__(self) -> None:
+        # Without the text, whose hash is another one in every process.
+        object.__setattr__(self, "_hash", hash((self.mesh_dims, self.before, self.after)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def source(self) -> Placement:
@@ -88,11 +97,16 @@ def cutters(layout: Layout, place: int) -> tuple[int, ...]:
     return tuple(m for m, placement in enumerate(layout) if placement == Shard(place))
 
 
-def moves(layout: Layout, placements: Collection[Placement]) -> Iterator[Step]:
+@lru_cache(maxsize=2**14)
+def moves(layout: Layout, placements: tuple[Placement, ...]) -> tuple[Step, ...]:
     """All single primitives from `layout`, over one mesh dim or several that do the same, to one of `placements`.
 
     Of the mesh dims that cut a place, the innermost leave it first and come to it last: so every shard is a range.
     """
+    return tuple(_moves(layout, placements))
+
+
+def _moves(layout: Layout, placements: Collection[Placement]) -> Iterator[Step]:
     for a in dict.fromkeys(layout):
         alike = [m for m, placement in enumerate(layout) if placement == a]
         # What leaves a place leaves it from the inside.
@@ -114,20 +128,20 @@ def moves(layout: Layout, placements: Collection[Placement]) -> Iterator[Step]:
 
 
 def ways(
-    source: Layout, placements: Collection[Placement], cost: Callable[[Step], float]
+    source: Layout, placements: tuple[Placement, ...], cost: Callable[[Step], float]
 ) -> dict[Layout, tuple[Step, ...]]:
     """The cheapest steps from `source` to every layout that moves among `placements` lead to (Dijkstra)."""
     found: dict[Layout, tuple[Step, ...]] = {}
     tried = itertools.count()
-    todo: list[tuple[float, int, Layout, tuple[Step, ...]]] = [(0.0, next(tried), source, ())]
+    todo: list[tuple[float, int, Layout, tuple[Step, ...]]] = [(0.0, next(tried), source, ())]  # the last step or none
     while todo:
-        spent, _, layout, steps = heapq.heappop(todo)
+        spent, _, layout, last = heapq.heappop(todo)
         if layout in found:
             continue
-        found[layout] = steps
+        found[layout] = (*found[last[0].before], *last) if last else ()
         for step in moves(layout, placements):
             if step.after not in found:
-                heapq.heappush(todo, (spent + cost(step), next(tried), step.after, (*steps, step)))
+                heapq.heappush(todo, (spent + cost(step), next(tried), step.after, (step,)))
     return found
 
 

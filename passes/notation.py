@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import RuleError
 from dsp_auto.shards import exchanged, wrapped
+from dsp_auto.units import counted
 
 Dim = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -482,7 +483,8 @@ def from_notation(
     operands = [operand.shape for operand in call.operands]
     if len(operands) > len(operand_dims) or len(call.outputs) != len(output_dims):
         raise RuleError(
-            f"rule {text!r}: {call.target} has {len(operands)} tensor operands and {len(call.outputs)} results"
+            f"rule {text!r}: {call.target} has {counted(len(operands), 'tensor operand')} and "
+            f"{counted(len(call.outputs), 'result')}"
         )
     known: dict[str, int] = dict(sizes or {})
     pairs = list(zip(operand_dims, operands, strict=False)) + list(zip(output_dims, call.outputs, strict=True))
@@ -542,7 +544,7 @@ def _spread(dims: list[Dim | str], shape: Shape, text: str) -> tuple[list[Dim], 
     written = [dim for dim in dims if not isinstance(dim, str)]
     if ELLIPSIS not in dims:
         if len(dims) != len(shape):
-            raise RuleError(f"rule {text!r}: {len(dims)} dims written, shape {shape} has {len(shape)}")
+            raise RuleError(f"rule {text!r}: {counted(len(dims), 'dim')} written, shape {shape} has {len(shape)}")
         return written, shape
     extra = len(shape) - (len(dims) - 1)
     if extra < 0:

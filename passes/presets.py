@@ -23,6 +23,7 @@ from typing import Any
 
 from dsp_auto.errors import MeshError, NoShardableFactorError, StrategyError
 from dsp_auto.mesh import Mesh
+from dsp_auto.units import counted
 
 from .factors import Factors
 
@@ -245,13 +246,13 @@ def _fitting(
     for name, size in zip(mesh.part_of, mesh.sizes, strict=True):
         fitting = frozenset(factor for factor in wanted if factors.sizes[factor] >= size > 1)
         if size > 1 and not fitting:
-            raise _nothing(factors, mesh, strategy, name, size, sorted(wanted), preset.kinds)
+            raise _nothing(factors, mesh, strategy, name, sorted(wanted), preset.kinds)
         found.append(fitting)
     return tuple(found)
 
 
 def _nothing(
-    factors: Factors, mesh: Mesh, strategy: str, name: str, size: int, wanted: Sequence[int], kinds: Collection[str]
+    factors: Factors, mesh: Mesh, strategy: str, name: str, wanted: Sequence[int], kinds: Collection[str]
 ) -> NoShardableFactorError | MeshError:
     if not wanted:
         shown = " or ".join(_NAMES.get(kind, kind) for kind in sorted(kinds))
@@ -262,10 +263,12 @@ def _nothing(
             remedy="this model has nothing to share out along a sequence; use data parallelism",
         )
     longest = max(wanted, key=lambda factor: factors.sizes[factor])
+    parts = [mesh.sizes[m] for m in mesh.dims_of(name)]
+    shorter = "shorter" if len(parts) == 1 else f"shorter than {max(parts)}, a part of {' x '.join(map(str, parts))}"
     return MeshError(
-        asked=f"cannot shard over mesh dim {name} of {size} ranks",
-        found=f"every factor that strategy {strategy!r} may shard is shorter: {_describe(factors, wanted)}",
-        remedy=f"use at most {factors.sizes[longest]} ranks on a mesh dim",
+        asked=f"cannot shard over mesh dim {name} of {mesh.whole[name]} ranks",
+        found=f"every factor that strategy {strategy!r} may shard is {shorter}: {_describe(factors, wanted)}",
+        remedy=f"use at most {counted(factors.sizes[longest], 'rank')} on a mesh dim",
     )
 
 
@@ -273,7 +276,7 @@ def _check_needed(
     factors: Factors, mesh: Mesh, strategy: str, kind: str, fitting: Sequence[frozenset[int]]
 ) -> None:
     needed = _of_kinds(factors, {kind})
-    for name, size, own in zip(mesh.names, mesh.sizes, fitting, strict=True):
+    for name, size, own in zip(mesh.names, mesh.sizes, fitting, strict=True):  # no preset that needs a kind splits dims
         if size > 1 and not own & needed:
             shown = _describe(factors, sorted(needed)) or "none"
             raise NoShardableFactorError(

@@ -176,6 +176,7 @@ class Problem:
         self._reshardings: dict[tuple, Resharding | None] = {}
         self._ways: dict[tuple, dict[Layout, tuple[Step, ...]]] = {}
         self._costs: dict[tuple, Cost] = {}
+        self._sized: dict[ValueId, tuple] = {}
         self._inside: dict[tuple[int, int], tuple[Inside, ...]] = {}
         self._bytes: dict[tuple, int] = {}
         self._ledgers: dict[tuple[tuple[int, ...], bool], Ledger] = {}
@@ -218,18 +219,21 @@ class Problem:
             def cost(step: Step) -> float:
                 return self.weight(self.step_cost(storage, step, root.requires_grad)) + least
 
-            self._ways[key] = ways(source, sorted(placements, key=repr), cost)
+            self._ways[key] = ways(source, tuple(sorted(placements, key=repr)), cost)
         return self._ways[key].get(target)
 
     def _sizes(self, root: Value) -> tuple:
-        return root.itemsize, tuple(self.graph.factors.sizes[factor] for factor in root.factors)
+        if root.id not in self._sized:
+            self._sized[root.id] = (root.itemsize, tuple(self.graph.factors.sizes[factor] for factor in root.factors))
+        return self._sized[root.id]
 
     def step_cost(self, storage: ValueId, step: Step, grad: bool) -> Cost:
         """Of one step of resharding a storage. `grad`: a gradient returns."""
         root = self.graph.storages[storage].root
         in_bucket = step.primitive == "replicate" and self.graph.storages[storage].kind == "parameter"
         key = (self._sizes(root), step, grad, in_bucket)
-        if key not in self._costs:
+        cost = self._costs.get(key)
+        if cost is None:
             ranks = math.prod(self.graph.mesh.sizes[m] for m in step.mesh_dims)
             of = (self._shared_out(root.nbytes, step.before, step.mesh_dims), ranks)
             on = {"grad": grad, **self._on(step.mesh_dims)}
@@ -244,7 +248,7 @@ class Problem:
                     full = primitive_cost(step.primitive, BUCKET_BYTES, ranks, partial_grad=partial, **on)
                     cost = replace(cost, seconds=full.seconds * of[0] / BUCKET_BYTES)
             self._costs[key] = cost
-        return self._costs[key]
+        return cost
 
     def _on(self, mesh_dims: Sequence[int]) -> dict[str, Any]:
         """Where something is communicated, for the cost model."""

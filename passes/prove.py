@@ -32,6 +32,7 @@ import dsp_auto.primitives  # noqa: F401  registers torch.ops.dsp
 from dsp_auto import simulate
 from dsp_auto.errors import ProofError
 from dsp_auto.shards import shard_range, shard_sizes
+from dsp_auto.units import counted
 
 from .notation import Dim, Local, OpCall, OpRule, Site
 from .rules import find_rule
@@ -362,7 +363,7 @@ def _show(rule: OpRule, seen: Mapping[str, Seen]) -> str:
 def _misread(example: Example, rule: OpRule) -> str | None:
     """Where the rule's notation does not fit the shapes, or a view does more than rename elements."""
     if len(rule.inputs) != len(example.operands) or len(rule.outputs) != len(example.results):
-        return f"it has {len(example.operands)} tensor operands and {len(example.results)} results"
+        return f"it has {counted(len(example.operands), 'tensor operand')} and {counted(len(example.results), 'result')}"
     for kind, group, tensors in (
         ("operand", rule.inputs, example.operands),
         ("result", rule.outputs, example.results),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsp_auto.errors import ProofError, RuleError
+from dsp_auto.units import counted
 
 from .notation import ELLIPSIS, UNREAD, Emit, Local, OpCall, OpRule, from_notation, parse
 from .prove import prove
@@ -174,9 +175,9 @@ def _misfit(overload: torch._ops.OpOverload, notation: str, sizes: Mapping[str, 
     needed = sum(_holds_tensor(a.type) and not _is_optional(a.type) for a in arguments if not _is_list(a.type))
     lists = any(_is_list(a.type) and _holds_tensor(a.type) for a in arguments)
     if operands < needed or (operands > sum(single) and not lists):
-        return f"it has {operands} operands, and {overload._schema} takes {sum(single)} tensors"
+        return f"it has {counted(operands, 'operand')}, and {overload._schema} takes {counted(sum(single), 'tensor')}"
     if results != len(returns) and not any(_is_list(r.type) for r in returns):
-        return f"it has {results} results, and {overload._schema} returns {len(returns)}"
+        return f"it has {counted(results, 'result')}, and {overload._schema} returns {len(returns)}"
     ints = {a.name for a in arguments if isinstance(a.type, (torch.IntType, torch.SymIntType))}
     unknown = [size for size in sizes.values() if isinstance(size, str) and size not in ints]
     return f"{overload._schema} has no int argument {unknown[0]!r}" if unknown else None

@@ -357,8 +357,11 @@ def _infeasible(problem: Problem, model: Model, capacity: int, time_limit: float
     if answer.choice is None:
         raise out_of_time(time_limit)
     least, where = problem.peak(answer.choice, answer.recomputed)
+    recomputes = bool(problem.regions)  # as much as helps, in the plan that needs least
     return InfeasibleError(
         where=problem.graph.stages[where.stage].name,
+        remedy="use more ranks or a smaller batch"
+        + (", or recompute activations" if problem.graph.training and not recomputes else ""),
         point=problem.show_point(where),
         needed_bytes=least,
         capacity_bytes=capacity,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import sys
 
 import pytest
 import torch
@@ -215,3 +217,30 @@ def by_cond(linear, x):
 def test_control_flow_on_values_is_refused(grad):
     with torch.set_grad_enabled(grad), pytest.raises(dsp_auto.CaptureError, match="0: cannot plan cond: it runs functions"):
         capture(nn.Sequential(Function(by_cond)), (video(grad),))
+
+
+def test_parameters_that_belong_to_zero_3_are_refused_with_what_to_use():
+    """As DeepSpeed leaves them: marked, and without elements while no module runs."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Softmax(1))
+    model[0].bias.data = torch.empty(0)
+    model[0].bias.ds_id = 1
+    with pytest.raises(dsp_auto.CaptureError, match="^0: cannot .*0.bias belongs to DeepSpeed's ZeRO-3.*[Uu]se fully_shard"):
+        capture(model, (video(),))
+
+
+class Decides(nn.Module):
+    def forward(self, x):
+        print("of the model", file=sys.stderr)
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_what_export_prints_beside_its_error_is_in_the_log_and_not_on_stderr(capsys, caplog):
+    model, stream = nn.Sequential(nn.Linear(8, 8), Decides()), sys.stderr
+    caplog.set_level(logging.DEBUG, "dsp_auto")
+    with pytest.raises(dsp_auto.CaptureError, match="the value of a tensor decides"):
+        capture(model, (video(),))
+    assert set(capsys.readouterr().err.splitlines()) == {"of the model"} and sys.stderr is stream
+    told = [one.getMessage() for one in caplog.records if one.name.startswith("dsp_auto") and one.levelno == logging.DEBUG]
+    assert any("aten.item" in message for message in told)
+    assert not [one for one in caplog.records if one.name.startswith("torch.fx") and one.levelno >= logging.WARNING]
+    assert not logging.getLogger("torch.fx.experimental.symbolic_shapes").filters

@@ -90,6 +90,28 @@ def _trained(rank, ranks, stage, over, folder):
     return worst, deviation(parallel(videos), kept)
 
 
+def _stage_3(rank, ranks):
+    import deepspeed
+
+    model, (videos,), _ = transformer_2d(**SMALL)
+    parallel = dsp_auto.parallelize(model, init_device_mesh("cpu", (ranks,)))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    with launched(rank, ranks):
+        engine, *_ = deepspeed.initialize(model=parallel, optimizer=optimizer, config=config)
+        with pytest.raises(dsp_auto.CaptureError, match="embed: .* embed.weight belongs to DeepSpeed's ZeRO-3.* fully_shard"):
+            engine(videos)
+    return True
+
+
+def test_parameters_that_stage_3_cuts_are_refused_with_what_to_use(world):
+    assert all(world(2).run(_stage_3))
+
+
 @pytest.mark.parametrize("over", ["all", "dp"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_parameters_become_those_of_one_device_and_come_back_from_a_checkpoint(world, tmp_path, stage, over):

@@ -228,3 +228,30 @@ def test_a_name_for_an_input_that_does_not_exist_lists_those_that_do():
 def test_too_few_names_say_the_shape():
     with pytest.raises(LayoutError, match=r"3 names to video \('B T C'\).*\[2, 3, 5, 4\].*one name a dim"):
         factorize(video(), {"video": "B T C"})
+
+
+def merged(self, x):
+    return x.unflatten(1, (4, 6)).softmax(1).softmax(2).flatten(1, 2)
+
+
+@pytest.mark.parametrize("names", ["B (H W) C", "B,(H,W),C", "(B) ( H W ) C"])
+def test_a_dim_that_the_model_splits_has_a_name_for_each_part(names):
+    assert show(factors_of(merged, (2, 24, 8), names={"args_0": names}), "unflatten") == "B H W C"
+    assert show(factors_of(merged, (2, 24, 8), names={"args_0": "B S C"}), "unflatten") == "B S0 S1 C"
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        ("B (H W D) C", r"gives 3 names to dim 1 of args_0 .*: the model takes it as 4 x 6\. Give a name to each"),
+        ("B (H W) (C D)", r"gives 2 names to dim 2 of args_0 .*: the model does not split its 8 places"),
+        ("B (H W C", "parentheses do not match"),
+        ("B H W) C", "parentheses do not match"),
+        ("B ((H W) C)", "parentheses do not match"),
+        ("B () C", "hold nothing"),
+        ("B H W C", "4 names to args_0 .* the model splits"),
+    ],
+)
+def test_names_in_parentheses_that_are_not_those_of_the_model_say_what_it_does(names, says):
+    with pytest.raises(LayoutError, match=says):
+        factors_of(merged, (2, 24, 8), names={"args_0": names})

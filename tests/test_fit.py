@@ -229,6 +229,8 @@ def test_json_round_trips():
     [
         ({"gpus": 0}, MeshError, "gpus 0"),
         ({"gpus": True}, MeshError, "gpus True"),
+        ({"gpus": 10**18}, MeshError, "gpus 1.000e[+]18: .* at most 1048576"),
+        ({"gpus": 10**400}, MeshError, "at most 1048576"),
         ({"step": 0}, MeshError, "step 0"),
         ({"capacity": None}, StrategyError, "no capacity"),
         ({"capacity": "lots"}, StrategyError, "lots"),

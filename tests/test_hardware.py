@@ -7,9 +7,13 @@ from collections import UserDict
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
+import dsp_auto
 from dsp_auto.cost_models.hardware import KINDS, PROFILES, Hardware, Kernel, Link, Rate, as_hardware
 from dsp_auto.errors import StrategyError
+from dsp_auto.predict import predict
 
 FAST, SLOW = Link(100.0, 1.0), Link(10.0, 5.0)
 NODES = Hardware("toy", FAST, SLOW, gpus_per_node=8)
@@ -103,7 +107,19 @@ def test_a_profile_is_read_from_a_file(tmp_path):
     made = replace(NODES, links={"sp": Link(1.0, 0.0, 0.5, {"send": SLOW})}, measured={"mesh": {"sp": 4}})
     (tmp_path / "my.json").write_text(made.to_json())
     assert as_hardware(str(tmp_path / "my.json")) == as_hardware(tmp_path / "my.json") == made
-    assert as_hardware(made) is made and as_hardware(None) is None
+    assert as_hardware(made) is made and as_hardware(None) is PROFILES["h100"]
+
+
+@pytest.mark.parametrize("hardware", [{}, {"hardware": None}])
+def test_without_hardware_predictions_are_for_h100(hardware):
+    model, args = nn.Sequential(nn.Linear(8, 8), nn.Softmax(1), nn.Softmax(2)), (torch.ones(2, 4, 6, 8),)
+    for call in (
+        lambda **given: dsp_auto.compare(model, "2", args, strategies=["dsp"], **given)["dsp"].prediction,
+        lambda **given: dsp_auto.fit(model, 2, 10**9, args, strategies=["dsp"], **given),
+        lambda **given: dsp_auto.report(model, "2", args, strategies=["dsp"], **given).own.prediction,
+        lambda **given: predict(model, "2", args, **given),
+    ):
+        assert call(**hardware) == call(hardware="h100") and call(hardware="h100") != call(hardware="a100")
 
 
 def test_h800_moves_over_nvlink_at_less_than_half_of_h100():

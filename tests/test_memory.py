@@ -237,6 +237,20 @@ def test_recompute_false_never_recomputes():
     assert tight < error.value.least_bytes <= free
 
 
+def test_recomputing_is_a_remedy_only_where_it_is_not_done_already():
+    model, args, _ = small()
+    told = {}
+    for recompute in (None, False):
+        with pytest.raises(InfeasibleError) as error:
+            dsp_auto.plan(model, "2", args, capacity=1000, recompute=recompute)
+        told[recompute] = str(error.value)
+    with torch.no_grad(), pytest.raises(InfeasibleError) as error:
+        dsp_auto.plan(model, "2", args, capacity=1000, recompute=False)
+    assert "smaller batch, or recompute activations" in told[False]
+    for message in (told[None], str(error.value)):
+        assert "Use more ranks or a smaller batch." in message and "recompute" not in message
+
+
 def test_no_more_blocks_are_recomputed_than_a_capacity_asks_for():
     """Even where recomputing costs nothing that is counted: no bytes are sent for it."""
     model, args, kwargs = transformer_2d(layers=4, hidden=32, heads=4, frames=16, tokens=32)

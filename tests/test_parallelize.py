@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import pickle
+import re
 import sys
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import dsp_auto
 from dsp_auto.measure import CountCollectives
@@ -203,6 +205,79 @@ def _different_shapes(rank, ranks):
         parallel(x[:, :4] if rank == 0 else x)  # the other rank knows its signature already
     parallel(x)
     return first
+
+
+class Nested(Axial):
+    def forward(self, batch, *, page, mask=None):
+        x = batch["x"][0] + page
+        return super().forward(x if mask is None else x * mask)["x"]
+
+
+def _different_values(rank, ranks):
+    model, x = axial()
+    parallel, told = dsp_auto.parallelize(model, sp_mesh(ranks)), []
+
+    def refused(*args, **kwargs):
+        with CountCollectives() as count, pytest.raises(dsp_auto.AgreementError, match="different values") as error:
+            parallel(*args, **kwargs)
+        assert not count.by_primitive
+        told.append(str(error.value))
+
+    refused(x + rank)
+    refused(x, x[:, 0] if rank == 0 else x[:, 1])
+    parallel.prepare(x + rank)  # whose values do not matter
+    refused(x + rank)
+    assert deviation(parallel(x)["x"], model(x)["x"]) <= OUTPUT_TOLERANCE
+    nested = Nested()
+    parallel = dsp_auto.parallelize(nested, sp_mesh(ranks))
+    mask = torch.ones(x.shape, dtype=torch.bool)
+    refused({"x": [x]}, page=x, mask=mask.index_fill(1, torch.tensor(rank), False))
+    refused({"x": [x]}, page=x.to(torch.bfloat16) * (1 + rank))
+    refused({"x": [x * (-1) ** rank]}, page=x * (-1) ** rank)
+    return told
+
+
+def _equal_values(rank, ranks):
+    """Whether a first call with equal values, some of them NaN, gathers more than the two later ones, and what those gather."""
+    model, x = axial()
+    parallel, found = dsp_auto.parallelize(model, sp_mesh(ranks)), []
+    agreement = parallel._dsp.agreement
+    gather = agreement._gather_tensors
+    agreement._gather_tensors = lambda value: (found.append(value), gather(value))[1]
+    parallel(torch.where(x > 0, x, torch.nan))
+    first = len(found)
+    for _ in range(2):
+        parallel(x + rank)  # the signature is known by now
+    return first > 2, [tuple(value.shape) for value in found[first:]]
+
+
+def _rounded_values(rank, ranks):
+    model, x = axial()
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    with pytest.MonkeyPatch.context() as patch:
+        told = []
+        patch.setattr(logging.getLogger("dsp_auto"), "handle", told.append)
+        parallel(x * (1 + 1e-6 * rank))
+        parallel(x, x[:, 0])
+    assert [one.levelname for one in told if "rounding" in one.getMessage()] == ["WARNING"] * (rank == 0)
+    with pytest.raises(dsp_auto.AgreementError, match="different values"):
+        parallel(x[:1] * (1 + 1e-2 * rank))
+    return True
+
+
+def _values_of_parts(rank, ranks):
+    """A mesh of two dims: along sp the ranks hold parts of x, along dp the same ones; the mask is whole on all."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    torch.manual_seed(0)
+    model, (dp, sp) = Product(), mesh.get_coordinate()
+    x, y = torch.randn(2, 6, 5, 8), torch.ones(2, 6, 5, 8)
+    parallel = dsp_auto.parallelize(model, mesh, in_layouts={"x": {"sp": 1, "dp": None}})
+    part, told = x.tensor_split(2, 1)[sp].contiguous(), []
+    for args in ((part + dp, y), (part, y + sp)):
+        with pytest.raises(dsp_auto.AgreementError, match="different values") as error:
+            parallel(*args)
+        told.append(str(error.value))
+    return told, deviation(parallel(part, y), model(x, y))
 
 
 def _different_models(rank, ranks):
@@ -516,6 +591,30 @@ def test_pieces_that_are_not_cut_like_tensor_split_are_refused(world):
 def test_ranks_with_different_shapes_are_told_so_before_anything_hangs(world):
     for message in world(2).run(_different_shapes):
         assert "[2, 6, 5, 8]" in message and "[2, 4, 5, 8]" in message and "rank 0" in message
+
+
+def test_ranks_with_different_values_are_told_which_and_what_to_do(world):
+    first, second, later, mask, half, both = world(2).run(_different_values)[0]
+    assert first == later and "args[0] (float32[2, 6, 5, 8]) differ: rank 0: " in first and "rank 1: " in first
+    assert "DistributedSampler" in first and "same batch" in first
+    assert "args[1] (float32[2, 5, 8])" in second
+    assert "kwargs['mask'] (bool[2, 6, 5, 8])" in mask and "kwargs['page'] (bfloat16[2, 6, 5, 8])" in half
+    assert "args[0]['x'][0]" in both and "kwargs['page']" in both
+
+
+def test_values_are_compared_at_the_first_call_of_a_signature_and_at_no_later_one(world):
+    assert world(2).run(_equal_values) == [(True, [(1,), (1,)])] * 2
+
+
+def test_values_that_differ_as_rounding_does_are_a_warning(world):
+    assert all(world(2).run(_rounded_values))
+
+
+def test_values_are_compared_over_the_ranks_that_hold_the_same(world):
+    for (parts, whole), found in world(4).run(_values_of_parts):
+        assert re.search(r"args\[0\] \(float32\[2, 3, 5, 8\]\) differ: rank 0: .*; rank 2: ", parts) and "args[1]" not in parts
+        assert "args[1] (float32[2, 6, 5, 8]) differ: ranks 0, 2: " in whole and "args[0]" not in whole
+        assert found <= OUTPUT_TOLERANCE
 
 
 def test_ranks_with_different_options_are_told_so(world):

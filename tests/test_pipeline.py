@@ -82,7 +82,16 @@ def _split(rank, ranks):
     parallel = dsp_auto.parallelize(halves.get_stage_module(at), mesh["sp"])
     stage = pipelining.PipelineStage(parallel, at, 2, torch.device("cpu"), group=mesh["pp"].get_group())
     schedule = pipelining.ScheduleGPipe(stage, 4, loss_fn=F.mse_loss)
-    schedule.step(*[video] * stage.is_first, target=torch.zeros_like(video) if stage.is_last else None)
+    made, filled = torch.empty_strided, []
+
+    def fill(*args, **kwargs):
+        filled.append(made(*args, **kwargs))
+        return filled[-1].fill_(rank)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_strided", fill)  # what the second stage first sees, which may hold anything
+        schedule.step(*[video] * stage.is_first, target=torch.zeros_like(video) if stage.is_last else None)
+    assert stage.is_first or TORCH < (2, 13) or any(own.shape == (1, 5, 7, 16) for own in filled)
     reference(video).square().mean().backward()
     others = dict(reference.named_parameters())
     assert any(stage.layout["sp"] != "R" for stage in parallel.plan.stages)
@@ -91,6 +100,22 @@ def _split(rank, ranks):
 
 def test_stages_that_torch_has_split_off_have_the_gradients_of_one_device(world):
     assert max(world(4).run(_split)) <= GRADIENT_TOLERANCE
+
+
+def _values_differ(rank, ranks):
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("pp", "sp"))
+    model, (video,), _ = transformer_2d(**SMALL)
+    parallel = dsp_auto.parallelize(model, mesh["sp"])
+    stage = pipelining.PipelineStage(parallel, 0, 1, torch.device("cpu"), group=mesh["pp"].get_group())
+    with pytest.raises(RuntimeError) as error:  # torch's own, around it
+        pipelining.ScheduleGPipe(stage, 4, loss_fn=F.mse_loss).step(video + rank, target=video)
+    return f"{type(error.value.__cause__).__name__}: {error.value.__cause__}"
+
+
+def test_a_stage_whose_ranks_are_given_different_values_refuses_them(world):
+    """Though what it first runs, to see shapes, may have any values."""
+    for told in world(2).run(_values_differ):
+        assert told.startswith("AgreementError: the ranks were given different values: those of args[0] (float32[1, 5, 7, 4]) ")
 
 
 def _disagree(rank, ranks):

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsp_auto
 from dsp_auto.cost_models.communication import primitive_cost
+from dsp_auto.predict import predict
 from dsp_auto.shards import shard_sizes
 from examples.transformer_2d import build as transformer_2d
 from tests.zoo.public import latte
@@ -80,6 +81,31 @@ def test_a_model_on_meta_plans_like_a_real_one():
         model, args, kwargs = transformer_2d(layers=2)
     real, real_args, real_kwargs = transformer_2d(layers=2)
     assert dsp_auto.plan(model, "4", args, kwargs).digest == dsp_auto.plan(real, "4", real_args, real_kwargs).digest
+
+
+def _planned(model, args, kwargs):
+    """What comes of all kinds of planning."""
+    plan = dsp_auto.plan(model, "2", args, kwargs, objective="time")
+    found = [plan, *(entry.plan for entry in plan.explain("blocks.0.attn").entries)]
+    found.append(dsp_auto.compare(model, "2", args, kwargs, strategies=["dsp"])["dsp"].plan)
+    found.append(dsp_auto.report(model, "2", args, kwargs, strategies=["dsp"], seconds=0).plan)
+    fit = dsp_auto.fit(model, 2, "10GB", args, kwargs, strategies=["dsp"])["dsp"]
+    return [None if own is None else own.digest for own in found], predict(model, "2", args, kwargs), fit
+
+
+@pytest.mark.parametrize("made", ["inside", "outside", "on meta"])
+def test_planning_inside_of_a_fake_mode_is_planning_outside_of_it(made):
+    """And leaves it on. Sizes are of this test alone, since what calls cost is kept."""
+    sizes = dict(layers=1, hidden=24, heads=3, frames=7, tokens={"inside": 11, "outside": 13, "on meta": 17}[made])
+    with torch.device("meta" if made == "on meta" else "cpu"):
+        call = transformer_2d(**sizes)
+    with FakeTensorMode() as mode:
+        if made == "inside":
+            call = transformer_2d(**sizes)
+        found = _planned(*call) if made == "inside" else dsp_auto.plan(call[0], "2", *call[1:]).digest
+        assert torch.ones(1).fake_mode is mode
+    call = transformer_2d(**sizes)
+    assert found == (_planned(*call) if made == "inside" else dsp_auto.plan(call[0], "2", *call[1:]).digest)
 
 
 def test_both_mesh_dims_of_2x4_are_used():
@@ -297,6 +323,13 @@ def test_a_mesh_larger_than_every_factor_is_refused_with_the_largest_that_fits()
     assert "T=4" in str(error.value) and "S=6" in str(error.value)
 
 
+@pytest.mark.parametrize("mesh", ["64", "2x64"])
+def test_a_mesh_dim_that_is_too_long_in_parts_too_is_refused_as_the_users(mesh):
+    model, args, kwargs = transformer_2d(layers=1, hidden=8, heads=2, frames=3, tokens=4)
+    with pytest.raises(dsp_auto.MeshError, match="dim sp of 64 ranks: .* shorter than 16, a part of 4 x 16: .*at most 4 ranks"):
+        dsp_auto.plan(model, mesh, args, kwargs, strategy="dsp")
+
+
 def test_a_mesh_larger_than_every_sequence_takes_heads_and_hidden_dims_too():
     model, args, kwargs = small()
     plan = dsp_auto.plan(model, "8", args, kwargs, dim_names=NAMES)
@@ -330,7 +363,7 @@ def test_a_model_without_a_sequence_is_data_parallel_by_auto_and_refused_by_dsp(
         ({"out_layouts": 3}, dsp_auto.LayoutError, "3"),
         ({"time_limit": 1e-6}, dsp_auto.StrategyError, "time_limit"),
         ({"out_layouts": {"sp": "Q"}}, dsp_auto.LayoutError, "'Q'"),
-        ({"out_layouts": [{"sp": 1}, None]}, dsp_auto.LayoutError, "1 tensors"),
+        ({"out_layouts": [{"sp": 1}, None]}, dsp_auto.LayoutError, "returns 1 tensor. "),
         ({"dim_names": {"video": "B T"}}, dsp_auto.LayoutError, "shape is"),
         ({"dim_names": {"film": "B T S C"}}, dsp_auto.LayoutError, "video"),
     ],

@@ -106,7 +106,7 @@ def test_an_example_proves_the_rule_or_it_is_not_registered():
         (len, RULE, {}, "no op"),
         (attention, "b s d, b t d", {}, "'->'"),
         (attention, "b s (d, b t d -> b s d", {}, r"'\(' without"),
-        (attention, "b s d -> b s d", {}, "1 operands, and .* takes 2 tensors"),
+        (attention, "b s d -> b s d", {}, "1 operand, and .* takes 2 tensors"),
         (attention, "b s d, b t d, b s -> b s d", {}, "3 operands, and .* takes 2 tensors"),
         (attention, "b s d, b t d -> b s d, b s", {}, "2 results, and .* returns 1"),
         (attention, RULE, {"whole": "x"}, "whole names x"),
