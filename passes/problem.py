@@ -226,7 +226,8 @@ class Problem:
 
     def _step_cost(self, storage: ValueId, step: Step, grad: bool) -> Cost:
         root = self.graph.storages[storage].root
-        in_bucket = step.primitive == "replicate" and self.graph.storages[storage].kind == "parameter"
+        is_parameter = self.graph.storages[storage].kind == "parameter"
+        in_bucket = step.primitive == "replicate" and is_parameter and self.graph.in_buckets
         key = (self._sizes(root), step, grad, in_bucket)
         if key not in self._costs:
             ranks = math.prod(self.graph.mesh.sizes[m] for m in step.mesh_dims)

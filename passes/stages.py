@@ -19,6 +19,7 @@ from functools import cached_property, lru_cache
 from torch import fx
 
 from dsp_auto.mesh import Mesh
+from dsp_auto.pipelining import splits_backward_rightly
 from dsp_auto.shards import nested_sizes
 
 from .capture import GraphInput, Program
@@ -106,6 +107,16 @@ class StageGraph:
             for use in stage.uses:
                 found.setdefault(use.storage, []).append(use)
         return {storage: tuple(uses) for storage, uses in found.items()}
+
+    @cached_property
+    def in_buckets(self) -> bool:
+        """Whether gradients of several parameters are all-reduced together.
+
+        Not where inputs have gradients, as those of a pipeline's stages, and torch does wrong with parameters that go through
+        one node of autograd when it asks for the gradients of inputs first.
+        """
+        split = self.training and any(own.kind == "input" and own.root.requires_grad for own in self.storages.values())
+        return not split or splits_backward_rightly()
 
     def __str__(self) -> str:
         return self.show()
