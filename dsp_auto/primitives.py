@@ -477,7 +477,7 @@ def _run_reduce_scatter(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
     packed = _pack(x, dim, sizes)
     if _is_even(sizes):
         flat = packed.contiguous()  # which the gradient of a sum is not
-        return _communicate(_c10d.reduce_scatter_tensor, at, flat, "sum", at.ranks, at.group).view(shape)
+        return _shaped(_communicate(_c10d.reduce_scatter_tensor, at, flat, "sum", at.ranks, at.group), shape)
     rest = _numel_without(x, dim)  # reduce-scatter wants equal shards: exchange the terms and sum them here
     terms = _all_to_all(packed, [sizes[at.rank] * rest] * at.ranks, [n * rest for n in sizes], at)
     return terms.view(at.ranks, *shape).sum(0, dtype=x.dtype)
@@ -486,7 +486,8 @@ def _run_reduce_scatter(x: Tensor, dim: int, sizes: Sizes, at: _At) -> Tensor:
 def _run_all_reduce(x: Tensor, at: _At, owned: bool = False) -> Tensor:
     """`owned`: nobody else holds x, so it may be overwritten. A compiler decides that for itself."""
     op = _c10d.all_reduce_ if owned and type(x) in (Tensor, FakeTensor) else _c10d.all_reduce
-    return _communicate(op, at, x.contiguous(), "sum", at.group)
+    total = _communicate(op, at, x.contiguous(), "sum", at.group)
+    return _shaped(total, list(x.shape)) if x.is_complex() else total  # of complex numbers torch gives a view
 
 
 class _Ways(NamedTuple):
@@ -691,11 +692,17 @@ def _pack(x: Tensor, dim: int, sizes: Sizes) -> Tensor:
 def _unpack(flat: Tensor, shape: list[int], dim: int, sizes: Sizes) -> Tensor:
     """The tensor of `shape` whose shards along dim lie in `flat`: the inverse of `_pack`."""
     if _leads(shape, dim):
-        return flat.view(shape)
+        return _shaped(flat, shape)
     if _is_even(sizes):
         return flat.view(len(sizes), *shape[:dim], sizes[0], *shape[dim + 1 :]).movedim(0, dim).reshape(shape)
     blocks = _split_flat(flat, sizes)
     return torch.cat([b.view(*shape[:dim], n, *shape[dim + 1 :]) for b, n in zip(blocks, sizes)], dim)
+
+
+def _shaped(fresh: Tensor, shape: list[int]) -> Tensor:
+    """A view of what nobody else has, which is none to autograd: a view that a function of its own gives it lets nobody change
+    or detach in place."""
+    return torch.ops.aten._unsafe_view.default(fresh, shape)
 
 
 def _split_flat(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:

@@ -320,6 +320,33 @@ def test_gradients_of_gradients_are_those_of_one_process(world, ranks, size):
     world(ranks).run(_check_double_backward, size)
 
 
+def _change_results(rank, ranks, batch, dtype):
+    """The names of what may not be changed in place, or is not changed right."""
+    failed = []
+    x = torch.ones(batch, 8, 12, dtype=dtype, requires_grad=True)
+    mine = torch.ones(batch, 8 // ranks, 12, dtype=dtype, requires_grad=True)
+    for name, fn in {
+        "switch": lambda: dsp.switch(mine, 1, 8, 2, ranks, rank, _group()),
+        "split": lambda: dsp.split(x, 1, ranks, rank, _group()),
+        "gather": lambda: dsp.gather(mine, 1, 8, ranks, rank, _group()),
+        "gather, uneven": lambda: dsp.gather(_shard(x, 2, ranks, rank), 2, 12, ranks, rank, _group()),
+        "reduce": lambda: dsp.reduce(x, ranks, rank, _group()),
+        "reduce_scatter": lambda: dsp.reduce_scatter(x, 1, ranks, rank, _group()),
+        "halo": lambda: dsp.halo(mine, 1, [8 // ranks] * ranks, [0] * ranks, [8] * ranks, ranks, rank, _group()),
+    }.items():
+        for wanted in (True, False):
+            with torch.set_grad_enabled(wanted):
+                made = fn()
+                if made._is_view() or not torch.equal(made.mul_(2), 2 * fn()):
+                    failed.append(f"{name}, gradient {wanted}")
+    return failed
+
+
+@pytest.mark.parametrize("batch, dtype", [(1, torch.float32), (2, torch.float32), (1, torch.complex64)])
+def test_results_are_no_views_so_that_they_can_be_changed_and_detached_in_place(world, batch, dtype):
+    assert world(2).run(_change_results, batch, dtype) == [[], []]
+
+
 # wire bytes
 
 
