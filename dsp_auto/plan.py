@@ -83,7 +83,8 @@ class Plan:
     mesh: the mesh dims and their sizes. split: where the planner has split one (8 ranks as 4 x 2), the dims that it used
         instead, which `layout`s name.
     communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
-        counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced.
+        counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced (one
+        parameter each where inputs have gradients).
     memory: bytes per device. `peak_bytes`: of everything, at the worst program point (`peak_at`); `capacity_bytes`: what it was
         held under (None: no capacity was given), `reserve_bytes`: what was kept back of it. `activation_bytes`: of activations
         alone, at their worst point, and `activation_bound_bytes` what they were held under without a capacity. What never

@@ -19,7 +19,6 @@ from functools import cached_property, lru_cache
 from torch import fx
 
 from dsp_auto.mesh import Mesh
-from dsp_auto.pipelining import splits_backward_rightly
 from dsp_auto.shards import nested_sizes
 
 from .capture import GraphInput, Program
@@ -110,13 +109,13 @@ class StageGraph:
 
     @cached_property
     def in_buckets(self) -> bool:
-        """Whether gradients of several parameters are all-reduced together.
+        """Whether gradients of several parameters are all-reduced together: not where inputs have gradients too.
 
-        Not where inputs have gradients, as those of a pipeline's stages, and torch does wrong with parameters that go through
-        one node of autograd when it asks for the gradients of inputs first.
+        Then a pipeline may ask for the gradients of inputs first and for those of parameters later (zero bubble). Parameters
+        that go through one node of autograd are to it one parameter, used in many places: torch 2.13 then runs all of backward
+        twice, or fails where there are several such nodes, and torch 2.11 counts gradients twice (pytorch/pytorch#180952).
         """
-        split = self.training and any(own.kind == "input" and own.root.requires_grad for own in self.storages.values())
-        return not split or splits_backward_rightly()
+        return not (self.training and any(s.kind == "input" and s.root.requires_grad for s in self.storages.values()))
 
     def __str__(self) -> str:
         return self.show()

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.distributed import pipelining
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import dsp_auto
 from dsp_auto.mesh import as_mesh
-from dsp_auto.passes import stages
+from dsp_auto.parameters import whole_value
 from dsp_auto.passes.capture import capture
-from dsp_auto.pipelining import splits_backward_rightly
 from dsp_auto.planner import Options, decide, finish, prepare
-from dsp_auto.rehearse import rehearse
 from examples.train_pipeline import Part
 from examples.transformer_2d import build as transformer_2d
 from tests.parity import GRADIENT_TOLERANCE, TORCH, deviation
@@ -33,7 +31,7 @@ SCHEDULES = {
 }
 
 
-def _pipeline(rank, ranks, order, name, held, told, steps=2):
+def _pipeline(rank, ranks, order, name, held, told, strategy=None, steps=2):
     """Worst deviation of losses and gradients from one device, of steps whose gradients add up; the plans of each stage."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=order)
     own, count = held[mesh["pp"].get_local_rank()], sum(map(len, held))
@@ -42,7 +40,7 @@ def _pipeline(rank, ranks, order, name, held, told, steps=2):
     inside = torch.empty(1, *video.shape[1:3], 16, requires_grad=True)
     stages = []
     for n in own:
-        parallel = dsp_auto.parallelize(Part(model, n, count), mesh["sp"])
+        parallel = dsp_auto.parallelize(Part(model, n, count), mesh["sp"], strategy=strategy)
         known = {}
         if told:
             known["input_args"] = video[:1] if n == 0 else inside
@@ -63,7 +61,8 @@ def _pipeline(rank, ranks, order, name, held, told, steps=2):
     for own, other in zip(model.parameters(), reference.parameters(), strict=True):
         assert (own.grad is not None) == (id(own) in used)
         if own.grad is not None:
-            worst = max(worst, deviation(own.grad, other.grad, 1e-3))
+            grad = whole_value(own.grad) if isinstance(own.grad, DTensor) else own.grad
+            worst = max(worst, deviation(grad, other.grad, 1e-3))
     return worst, [len(stage.submod.plans) for stage in stages], {s.layout["sp"] for s in stages[0].submod.plan.stages}
 
 
@@ -82,42 +81,26 @@ def test_stages_that_are_parallel_modules_have_the_losses_and_gradients_of_one_d
         assert len(sharded - {"R"}) == 2  # T and S
 
 
-def test_whether_torch_splits_a_backward_rightly_can_be_asked():
-    """It is right where gradients are, of a layer that is called twice as of two that follow each other."""
-    from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
-
-    torch.manual_seed(0)
-    right = {}
-    for name, layers in {"two": [nn.Linear(4, 4), nn.Linear(4, 4)], "one twice": [nn.Linear(4, 4)] * 2}.items():
-        model, x = nn.Sequential(*layers), torch.randn(3, 4, requires_grad=True)
-        expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
-        _, later = stage_backward_input([model(x).sum()], None, [x], model.parameters())
-        stage_backward_weight(model.parameters(), later)
-        right[name] = all(torch.allclose(p.grad, own) for p, own in zip(model.parameters(), expected, strict=True))
-    assert right == {"two": True, "one twice": splits_backward_rightly()}
+@pytest.mark.parametrize("strategy", ["dsp", "megatron-sp", "ring"])
+def test_a_backward_that_asks_for_gradients_of_inputs_first_is_right_whatever_is_sharded(world, strategy):
+    found = world(4).run(_pipeline, ("pp", "sp"), *SCHEDULES["zero bubble"], strategy)
+    assert max(worst for worst, _, _ in found) <= GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize("rightly", [True, False])
-def test_parameters_are_summed_together_unless_a_stage_s_backward_may_be_split_and_torch_does_that_wrong(
-    rightly, monkeypatch
-):
-    monkeypatch.setattr(stages, "splits_backward_rightly", lambda: rightly)
-
-    def together(requires_grad):
-        """How many parameters' gradients are summed by each all-reduce."""
-        model, (video,), _ = transformer_2d(**SMALL)
-        prepared = prepare(capture(model, (video.requires_grad_(requires_grad),)), as_mesh("2"), Options.of())
-        plan, graph = finish(prepared, decide(prepared))
-        found = [len(node.args[0]) for node in graph.nodes if node.target is torch.ops.dsp.replicate.default]
-        assert plan.communication["by_primitive"]["replicate"]["count"] == len(found)
-        return found
-
-    first, later = together(False), together(True)
-    assert len(first) < sum(first)
-    assert first == later if rightly else later == [1] * sum(first)
+def _trained(requires_grad):
+    """How many parameters' gradients each all-reduce sums, in a program whose input has a gradient or not."""
     model, (video,), _ = transformer_2d(**SMALL)
-    found = rehearse(model.double(), "3", (video.double().requires_grad_(),))
-    assert max(found.output[0], found.gradient[0]) < 1e-12 and all(entry.agrees for entry in found.traffic)
+    prepared = prepare(capture(model, (video.requires_grad_(requires_grad),)), as_mesh("2"), Options.of())
+    plan, graph = finish(prepared, decide(prepared))
+    found = [len(node.args[0]) for node in graph.nodes if node.target is torch.ops.dsp.replicate.default]
+    assert plan.communication["by_primitive"]["replicate"]["count"] == len(found)
+    return found
+
+
+def test_parameters_are_summed_together_unless_inputs_have_gradients_and_backward_may_come_in_two_parts():
+    together, apart = _trained(False), _trained(True)
+    assert len(together) < sum(together)
+    assert apart == [1] * sum(together)
 
 
 def _split(rank, ranks):
