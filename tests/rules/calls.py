@@ -69,8 +69,8 @@ def overload(name: str, default: str = "default") -> Any:
 
 
 def trainable(made: Call) -> Call:
-    """The call, or one of `nn.Buffer`s, which get no gradient, where torch itself has none to compare with: in 2.11 there is no
-    derivative (aminmax), or it fails (clamp between tensors that are broadcast)."""
+    """The call, or one of `nn.Buffer`s, which get no gradient, where torch itself has none to compare with: that of aminmax is
+    not there in 2.11, and that of clamp fails where operand and bounds are broadcast to each other."""
     target, args, kwargs = made
     try:
         Example.of(*made)
