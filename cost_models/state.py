@@ -171,16 +171,17 @@ def of_parameter(nbytes: int, itemsize: int, is_floating: bool, requires_grad: b
     )
 
 
-def packed(gradients: Sequence[tuple[Any, int]]) -> list[list[int]]:
+def packed(gradients: Sequence[tuple[Any, int]], together: bool = True) -> list[list[int]]:
     """Which gradients are all-reduced together: buckets of one kind each, filled in order up to `BUCKET_BYTES`.
 
-    gradients: kind (what may not be mixed: a dtype) and bytes of each; the answer has their positions.
+    gradients: kind (what may not be mixed: a dtype) and bytes of each; the answer has their positions. together: if not, each
+    is alone.
     """
     open_: dict[Any, list[int]] = {}
     filled: dict[Any, int] = {}
     found: list[list[int]] = []
     for n, (kind, nbytes) in enumerate(gradients):
-        if kind in open_ and filled[kind] + nbytes <= BUCKET_BYTES:
+        if together and kind in open_ and filled[kind] + nbytes <= BUCKET_BYTES:
             open_[kind].append(n)
             filled[kind] += nbytes
         else:

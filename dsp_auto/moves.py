@@ -148,8 +148,10 @@ class ReduceScatter(InHalves):
         return issue_all_to_all(packed, [mine] * self.at.ranks, [n * rest for n in self.sizes], self.at)
 
     def end(self, flight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        received = arrived(flight, dtype, self.at).view(self.terms, *self.shape_after(shape))
-        return received[0] if self.terms == 1 else received.sum(0, dtype=dtype)
+        received = arrived(flight, dtype, self.at)
+        if self.terms == 1:
+            return _shaped(received, self.shape_after(shape))
+        return received.view(self.terms, *self.shape_after(shape)).sum(0, dtype=dtype)
 
     def shape_after(self, shape: Sequence[int]) -> list[int]:
         return resized(shape, self.dim, self.sizes[self.at.rank])
@@ -173,7 +175,7 @@ class Reduce(InHalves):
         return issue(c10d.all_reduce, self.at, x.contiguous(), "sum", self.at.group)
 
     def end(self, flight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return arrived(flight, dtype, self.at).view(shape)
+        return _shaped(arrived(flight, dtype, self.at), shape)
 
     def shape_after(self, shape: Sequence[int]) -> list[int]:
         return list(shape)
@@ -349,11 +351,17 @@ def pack(x: Tensor, dim: int, sizes: Sizes) -> Tensor:
 def unpack(flat: Tensor, shape: list[int], dim: int, sizes: Sizes) -> Tensor:
     """The tensor of `shape` whose shards along dim lie in `flat`: the inverse of `pack`."""
     if _leads(shape, dim):
-        return flat.view(shape)
+        return _shaped(flat, shape)
     if _is_even(sizes):
         return flat.view(len(sizes), *shape[:dim], sizes[0], *shape[dim + 1 :]).movedim(0, dim).reshape(shape)
     blocks = _split_flat(flat, sizes)
     return torch.cat([b.view(*shape[:dim], n, *shape[dim + 1 :]) for b, n in zip(blocks, sizes)], dim)
+
+
+def _shaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """A view of what nobody else has, which is none to autograd: a view that a function of its own gives it lets nobody change
+    or detach in place."""
+    return torch.ops.aten._unsafe_view.default(fresh, shape)
 
 
 def resized(shape: Sequence[int], dim: int, size: int) -> list[int]:

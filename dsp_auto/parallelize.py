@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import inspect
 import json
@@ -498,6 +499,7 @@ class ParallelModule(nn.Module):
             hold(state.model, state.mesh, parts)
             state.in_parts = True
             state.kept.clear()  # their programs take whole parameters
+            gc.collect()  # the whole ones are held by what is left of the capture, in cycles
         log_plan(plan)
         text = as_text(self._signature(args, kwargs, shapes).read)
         sources = self._sources(ready.program, whole)

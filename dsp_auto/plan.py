@@ -83,8 +83,9 @@ class Plan:
     mesh: the mesh dims and their sizes. split: where the planner has split one (8 ranks as 4 x 2), the dims that it used
         instead, which `layout`s name.
     communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
-        counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced. `early`:
-        how many collectives are issued before what they give is wanted, and the seconds of them that this hides in a forward.
+        counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced (one
+        parameter each where inputs have gradients). `early`: how many collectives are issued before what they give is wanted,
+        and the seconds of them that this hides in a forward.
     memory: bytes per device. `peak_bytes`: of everything, at the worst program point (`peak_at`); `capacity_bytes`: what it was
         held under (None: no capacity was given), `reserve_bytes`: what was kept back of it. `activation_bytes`: of activations
         alone, at their worst point, and `activation_bound_bytes` what they were held under without a capacity. What never
@@ -273,7 +274,8 @@ class Plan:
         ]
         if total["early"]["count"]:
             count, hidden = total["early"]["count"], total["early"]["hidden_seconds"]
-            lines.insert(1, f"issued early: {counted(count, 'collective')}, {hidden * 1e6:.0f} us beside other work in a forward")
+            told = f"issued early: {counted(count, 'collective')}, {hidden * 1e6:.0f} us beside other work in a forward"
+            lines.insert(1, told)
         chosen = [entry for entry in self.recomputed if entry["by"] == "plan"]
         if chosen:
             names = [entry["modules"] for entry in chosen]

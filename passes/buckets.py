@@ -31,7 +31,8 @@ class Bucket:
 
 
 def make_buckets(graph: StageGraph, reshardings: Iterable[Resharding]) -> tuple[Bucket, ...]:
-    """Parameters whose only resharding is `replicate`, in the order of their first use; one dtype a bucket."""
+    """Parameters whose only resharding is `replicate`, in the order of their first use; one dtype a bucket, or one
+    parameter (see `StageGraph.in_buckets`)."""
     by_storage: dict[ValueId, list[Resharding]] = {}
     for resharding in reshardings:
         by_storage.setdefault(resharding.storage, []).append(resharding)
@@ -45,7 +46,8 @@ def make_buckets(graph: StageGraph, reshardings: Iterable[Resharding]) -> tuple[
         ready.append((first_use, own[0], entry.root.dtype, nbytes))
     ready.sort(key=lambda item: item[0])
     found = []
-    for bucket in packed([((tuple(s.mesh_dims for s in own.steps), dtype), nbytes) for _, own, dtype, nbytes in ready]):
+    gradients = [((tuple(s.mesh_dims for s in own.steps), dtype), nbytes) for _, own, dtype, nbytes in ready]
+    for bucket in packed(gradients, graph.in_buckets):
         own = [ready[n] for n in bucket]
         found.append(Bucket(tuple(item[1] for item in own), sum(item[3] for item in own)))
     return tuple(found)

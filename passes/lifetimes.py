@@ -642,7 +642,7 @@ class _Lifetimes:
                 ready.append((min(uses), storage))
         ready.sort(key=lambda item: item[0])
         found: dict[int, int] = {}
-        for bucket in packed([(storage.root.dtype, storage.root.nbytes) for _, storage in ready]):
+        for bucket in packed([(storage.root.dtype, storage.root.nbytes) for _, storage in ready], self.graph.in_buckets):
             first = ready[bucket[0]][0]
             nbytes = sum(ready[n][1].root.nbytes for n in bucket)
             found[first] = max(found.get(first, 0), nbytes)

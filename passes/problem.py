@@ -230,7 +230,8 @@ class Problem:
     def step_cost(self, storage: ValueId, step: Step, grad: bool) -> Cost:
         """Of one step of resharding a storage. `grad`: a gradient returns."""
         root = self.graph.storages[storage].root
-        in_bucket = step.primitive == "replicate" and self.graph.storages[storage].kind == "parameter"
+        is_parameter = self.graph.storages[storage].kind == "parameter"
+        in_bucket = step.primitive == "replicate" and is_parameter and self.graph.in_buckets
         key = (self._sizes(root), step, grad, in_bucket)
         cost = self._costs.get(key)
         if cost is None:

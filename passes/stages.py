@@ -107,6 +107,16 @@ class StageGraph:
                 found.setdefault(use.storage, []).append(use)
         return {storage: tuple(uses) for storage, uses in found.items()}
 
+    @cached_property
+    def in_buckets(self) -> bool:
+        """Whether gradients of several parameters are all-reduced together: not where inputs have gradients too.
+
+        Then a pipeline may ask for the gradients of inputs first and for those of parameters later (zero bubble). Parameters
+        that go through one node of autograd are to it one parameter, used in many places: torch 2.13 then runs all of backward
+        twice, or fails where there are several such nodes, and torch 2.11 counts gradients twice (pytorch/pytorch#180952).
+        """
+        return not (self.training and any(s.kind == "input" and s.root.requires_grad for s in self.storages.values()))
+
     def __str__(self) -> str:
         return self.show()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import weakref
 from types import SimpleNamespace
@@ -106,8 +107,12 @@ def _in_memory(rank, ranks, which):
     model, args, _ = build(**arguments)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     old = [weakref.ref(p) for p in model.parameters()]
-    parallel = dsp_auto.parallelize(model, sp_mesh(ranks), args, strategy="megatron-lm")
-    parallel(*args).square().sum().backward()
+    gc.disable()  # nor are they held until memory is collected some time
+    try:
+        parallel = dsp_auto.parallelize(model, sp_mesh(ranks), args, strategy="megatron-lm")
+        parallel(*args).square().sum().backward()
+    finally:
+        gc.enable()
     assert {name: p.shape for name, p in parallel.named_parameters()} == shapes
     assert all(a is b for a, b in zip(parallel.parameters(), model.parameters(), strict=True))
     found = {}

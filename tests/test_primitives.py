@@ -393,6 +393,34 @@ def test_anomaly_detection_never_looks_at_what_is_on_its_way(world):
     world(2).run(_check_anomaly)
 
 
+def _change_results(rank, ranks, batch, dtype, way):
+    """The names of what may not be changed in place, or is not changed right."""
+    ops, failed = WAYS[way], []
+    x = torch.ones(batch, 8, 12, dtype=dtype, requires_grad=True)
+    mine = torch.ones(batch, 8 // ranks, 12, dtype=dtype, requires_grad=True)
+    for name, fn in {
+        "switch": lambda: ops.switch(mine, 1, 8, 2, ranks, rank, _group()),
+        "split": lambda: ops.split(x, 1, ranks, rank, _group()),
+        "gather": lambda: ops.gather(mine, 1, 8, ranks, rank, _group()),
+        "gather, uneven": lambda: ops.gather(_shard(x, 2, ranks, rank), 2, 12, ranks, rank, _group()),
+        "reduce": lambda: ops.reduce(x, ranks, rank, _group()),
+        "reduce_scatter": lambda: ops.reduce_scatter(x, 1, ranks, rank, _group()),
+        "halo": lambda: ops.halo(mine, 1, [8 // ranks] * ranks, [0] * ranks, [8] * ranks, ranks, rank, _group()),
+    }.items():
+        for wanted in (True, False):
+            with torch.set_grad_enabled(wanted):
+                made = fn()
+                if made._is_view() or not torch.equal(made.mul_(2), 2 * fn()):
+                    failed.append(f"{name}, gradient {wanted}")
+    return failed
+
+
+@in_both_ways
+@pytest.mark.parametrize("batch, dtype", [(1, torch.float32), (2, torch.float32), (1, torch.complex64)])
+def test_results_are_no_views_so_that_they_can_be_changed_and_detached_in_place(world, batch, dtype, way):
+    assert world(2).run(_change_results, batch, dtype, way) == [[], []]
+
+
 # wire bytes
 
 

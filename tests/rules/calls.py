@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils import _pytree as pytree
 
 from dsp_auto.passes.notation import OpRule
 from dsp_auto.passes.prove import Example
@@ -64,6 +66,17 @@ def overload(name: str, default: str = "default") -> Any:
     """`aten::mean.dim` -> torch.ops.aten.mean.dim"""
     op, _, own = name.removeprefix("aten::").partition(".")
     return getattr(getattr(aten, op), own or default)
+
+
+def trainable(made: Call) -> Call:
+    """The call, or one of `nn.Buffer`s, which get no gradient, where torch itself has none to compare with: that of aminmax is
+    not there in 2.11, and that of clamp fails where operand and bounds are broadcast to each other."""
+    target, args, kwargs = made
+    try:
+        Example.of(*made)
+    except RuntimeError:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, nn.Buffer, (args, kwargs))
+    return target, args, kwargs
 
 
 def rule_of(made: Call) -> OpRule | None:

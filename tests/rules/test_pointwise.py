@@ -30,6 +30,7 @@ from tests.rules.calls import (
     rule_of,
     shape_of,
     t,
+    trainable,
 )
 
 _BROADCASTS = [((5, 7), (5, 7)), ((5, 7), (7,)), ((5, 1), (1, 7)), ((2, 5, 7), (5, 1)), ((7,), ()), ((3, 1, 5), (2, 1))]
@@ -86,7 +87,7 @@ def _():
     yield call(aten.mul.Tensor, t(5, 7, dtype=I64), t(7))
     for number, (op, dtypes) in enumerate(_tagged().items()):
         for dtype in dict.fromkeys([dtypes[0], dtypes[-1]]):
-            yield _plain(op, dtype, _BROADCASTS[number % len(_BROADCASTS)])
+            yield trainable(_plain(op, dtype, _BROADCASTS[number % len(_BROADCASTS)]))
 
 
 @generated("pointwise")
@@ -99,7 +100,7 @@ def _(draw):
     values["str"] = [None, "floor", "trunc"] if "div" in str(op) else [None, "none", "tanh"]
     tensors = (t(*own, dtype=one_of(draw, dtypes[0], *dtypes), positive=draw(st.booleans())) for own in operands)
     made = _filled(op, tensors, lambda kind: one_of(draw, *values.get(kind, [None])))
-    return made if _runs(made) else _plain(op, dtypes[0], operands)
+    return made if _runs(made) else trainable(_plain(op, dtypes[0], operands))
 
 
 @cases("aten::where")

@@ -30,6 +30,7 @@ from tests.rules.calls import (
     shape_of,
     shards_nothing,
     t,
+    trainable,
 )
 
 
@@ -139,7 +140,7 @@ def _of_one_dim(name, shape, dim, keep):
     """What it gives for one dim; `dim` None: of all of them, which not every op has."""
     x = distinct(*shape)
     if name == "aten::aminmax":
-        return call(aten.aminmax.default, x, dim=dim, keepdim=keep)
+        return trainable(call(aten.aminmax.default, x, dim=dim, keepdim=keep))
     if name == "aten::count_nonzero":
         return call(aten.count_nonzero.default, t(*shape, dtype=I64), dim)
     if name == "aten::kthvalue":
