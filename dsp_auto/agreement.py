@@ -110,7 +110,13 @@ class Agreement:
         return finish
 
     def check_values(
-        self, tensors: Sequence[torch.Tensor], parts: Sequence[Sequence[Hashable]], names: Callable[[], Sequence[str]]
+        self,
+        tensors: Sequence[torch.Tensor],
+        parts: Sequence[Sequence[Hashable]],
+        names: Callable[[], Sequence[str]],
+        *,
+        asked: str,
+        remedy: str,
     ) -> None:
         """Raises AgreementError on every rank where ranks that hold the same part of a tensor hold different values of it.
 
@@ -148,12 +154,10 @@ class Agreement:
         first = _differences({r: shown[r][wrong[0]] for r in ranks})
         others = f"; so do those of {', '.join(called[n] for n in wrong[1:])}" if wrong[1:] else ""
         raise AgreementError(
-            asked="the ranks were given different values",
+            asked=asked,
             found=f"those of {called[wrong[0]]} ({show_tensor(tensors[wrong[0]].dtype, tensors[wrong[0]].shape)}) differ: "
             f"{first}{others}",
-            remedy="give every rank of the mesh the same batch. Ranks that are to take batches of their own are a mesh dim "
-            'that is not given to parallelize: parallelize(model, mesh["sp"]) and DistributedSampler(data, '
-            'num_replicas=mesh["dp"].size(), rank=mesh["dp"].get_local_rank())',
+            remedy=remedy,
         )
 
     @cached_property

@@ -59,6 +59,7 @@ from .progress import log_plan, step
 from .randomness import on_shard
 from .signature import Signature, as_text, describe, named_inputs, signature, tensor_paths, whole_shape
 from .units import counted
+from .values import sample
 
 # The same containers, not copies: what is loaded, moved or replaced in a parallel module is so in its model.
 _SHARED = (
@@ -214,6 +215,7 @@ class _State:
     latest: _Prepared | None = None
     hooks: Hooks = Hooks()
     in_parts: bool = False  # the model's parameters are DTensors over `mesh`
+    compared: set[str] = field(default_factory=set)  # the parameters and buffers whose values the ranks have compared
 
 
 class ParallelModule(nn.Module):
@@ -436,6 +438,8 @@ class ParallelModule(nn.Module):
             state.kept[called.key] = prepared
             if len(state.kept) > state.max_signatures:
                 state.kept.popitem(last=False)
+        if compare:
+            self._check_parameters(prepared.program)
         prepared.compared |= compare
         if called.entered != prepared.cut.entered:
             prepared.cut = self._cut(prepared, called)
@@ -496,6 +500,7 @@ class ParallelModule(nn.Module):
         problem = ready.problem(solution.space)
         parts = parts_of_plan(ready.program, problem.graph, lambda value: problem.made(value, solution.choice))
         if parts and not state.in_parts:
+            self._check_parameters(ready.program)
             hold(state.model, state.mesh, parts)
             state.in_parts = True
             state.kept.clear()  # their programs take whole parameters
@@ -614,7 +619,31 @@ class ParallelModule(nn.Module):
             coordinates = [mesh.coordinate(rank) for rank in range(state.agreement.size)]
             return [tuple(own[m] for m in over) for own in coordinates]
 
-        state.agreement.check_values(tensors, [parts(tensor) for tensor in tensors], lambda: tensor_paths(args, kwargs))
+        state.agreement.check_values(
+            tensors,
+            [parts(tensor) for tensor in tensors],
+            lambda: tensor_paths(args, kwargs),
+            asked="the ranks were given different values",
+            remedy="give every rank of the mesh the same batch. Ranks that are to take batches of their own are a mesh dim "
+            'that is not given to parallelize: parallelize(model, mesh["sp"]) and DistributedSampler(data, '
+            'num_replicas=mesh["dp"].size(), rank=mesh["dp"].get_local_rank())',
+        )
+
+    def _check_parameters(self, program: Program) -> None:
+        """Ranks hold the same parameters and buffers, as far as a sample of each tells. What is a DTensor is not looked at."""
+        state = self._dsp
+        entries = [entry for entry in program.inputs if entry.kind in ("parameter", "buffer")]
+        names = [entry.name for entry in entries if entry.name not in state.compared]
+        held = [source.values[source.name] for source in self._sources(program, ()) if isinstance(source, _Held)]
+        new = [tensor for entry, tensor in zip(entries, held, strict=True) if entry.name not in state.compared]
+        state.agreement.check_values(
+            [sample(tensor) for tensor in new],
+            [[()] * state.agreement.size] * len(new),
+            lambda: names,
+            asked="the ranks hold different parameters or buffers",
+            remedy="make the model alike on every rank: torch.manual_seed with one seed before it is built, or one checkpoint",
+        )
+        state.compared.update(names)
 
     def _check_random(self) -> None:
         """What all ranks hold they must draw alike, and the seeds of what they share too."""

@@ -352,10 +352,13 @@ class _Started(torch.autograd.Function):
         coming, flight = _begin(x, move)
         ctx.move, ctx.shape, ctx.dtype = move, move.shape_after(x.shape), x.dtype
         ctx.mark_non_differentiable(flight)
+        ctx.set_materialize_grads(False)  # which would be zeros for what is under way
         return coming, flight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple:
+        if grad is None:
+            return None, None
         back = ctx.move.adjoint()
         if _at_once(grad) or not isinstance(back, InHalves):
             return grad.sum(0) if grad.shape[0] > 1 else grad.squeeze(0), None
@@ -366,6 +369,9 @@ class _Awaited(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coming: Tensor, flight: Tensor, move: InHalves) -> Tensor:
         ctx.move, ctx.shape = move, coming.shape
+        # A checkpoint runs its forward again as far as the last tensor that was saved, and what is issued there is to be waited
+        # for there. It is one element of memory.
+        ctx.save_for_backward(coming)
         return move.end(flight, coming.shape[1:], coming.dtype)
 
     @staticmethod

@@ -56,7 +56,7 @@ class _Call:
     """A collective that a rank has issued. `gives` and `wants`: rows of `tensor` for, and from, each rank of the group."""
 
     world_rank: int
-    at: Any  # for which primitive, in which group: an _At of dsp_auto.primitives
+    at: Any  # for which primitive, in which group: an At of dsp_auto.collectives
     kind: str
     tensor: Tensor
     gives: Sequence[int]

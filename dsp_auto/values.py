@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PART = 2**22  # elements that are looked at together: what it takes beside the tensor is some hundred MB at most
+SAMPLE = 2**14  # elements of a parameter that are looked at
 SIGNS = 16  # random sums in a sketch
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Odd numbers of 64 bits, as int64: those of the generator splitmix64.
@@ -25,15 +26,20 @@ def digest(tensor: torch.Tensor) -> int | None:
 
     Computed on the tensor's device, of which it waits for one number. Deterministic, and the same on every kind of device.
     """
-    if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor) or tensor.is_meta:
-        return None
-    if tensor.layout is not torch.strided:
+    if not _has_values(tensor):
         return None
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start, part in _parts(tensor):
         bits = part.view(_BITS[part.element_size()]).to(torch.int64)
         total += _mixed(bits + _numbered(start, part)).sum()
     return int(total)
+
+
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """At most `SAMPLE` elements of a tensor, at equal distances; what has no values here, as it is."""
+    if not _has_values(tensor) or tensor.numel() <= SAMPLE:
+        return tensor
+    return tensor.detach().flatten()[:: -(-tensor.numel() // SAMPLE)]
 
 
 def sketch(tensor: torch.Tensor) -> list[float]:
@@ -58,6 +64,12 @@ def deviation(sketches: Sequence[Sequence[float]]) -> float:
         relative = difference / norm if norm else math.inf if difference else 0.0
         worst = max(worst, math.inf if math.isnan(relative) else relative)
     return worst
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor) or tensor.is_meta:
+        return False
+    return tensor.layout is torch.strided
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

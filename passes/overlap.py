@@ -165,9 +165,10 @@ class _Finder:
         """Bytes more than without while a collective is under way, from a stage on."""
         ends = [self.problem.nbytes(storage, layout) for layout in (step.before, step.after)]
         taken = max(ends) + max(self.problem.step_buffers(storage, step))
-        # What nobody else reads any more is given back as soon as it is packed.
+        # What a switch has packed is given back where nobody else reads it; others may send it as it lies.
         later = [use for use in self.graph.uses[storage] if use.stage >= since]
-        if not self.graph.training and all(self._target(use, resharding) == resharding.target for use in later):
+        is_last = all(self._target(use, resharding) == resharding.target for use in later)
+        if step.primitive == "switch" and is_last and not self.graph.training:
             if self.graph.storages[storage].kind == "activation":
                 taken -= self.problem.nbytes(storage, resharding.source)
         return taken

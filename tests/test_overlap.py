@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsp_auto
+from dsp_auto.decision import check_same, restore
 from dsp_auto.mesh import as_mesh
 from dsp_auto.passes.capture import capture
 from dsp_auto.planner import Options, decide, finish, prepare
@@ -134,6 +137,20 @@ def test_what_is_under_way_never_raises_the_peak_of_memory(training):
     assert peaks[True][1] <= peaks[False][1]
 
 
+def test_a_plan_of_a_time_when_kernels_took_longer_is_the_same_plan(tmp_path):
+    torch.manual_seed(0)
+    model, args = Model(1), _inputs()
+    plan = dsp_auto.plan(model, "2", args, **ULYSSES)
+    assert plan.communication["early"]["count"]
+    data = plan.to_dict()
+    data["communication"]["early"] = {"count": 0, "hidden_seconds": 0.0}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    old = dsp_auto.Plan.load(path)
+    prepared = prepare(capture(model, args, {}), as_mesh("2"), Options.of_plan(old))
+    check_same(old, finish(prepared, restore(prepared, old))[0])
+
+
 def test_a_collective_of_a_checkpoint_stays_in_it():
     torch.manual_seed(0)
     model, args = Model(checkpointed=True), _inputs()
@@ -163,6 +180,44 @@ def test_a_collective_of_which_next_to_nothing_would_be_hidden_is_issued_where_i
     # Processes on one computer take a quarter of a millisecond for any collective, and microseconds for products this small.
     plan = dsp_auto.plan(Model(1), "2", _inputs(), hardware="cpu-gloo", **ULYSSES)
     assert plan.communication["early"]["count"] == 0
+
+
+def _under_a_checkpoint(rank, ranks):
+    """What is issued and what is waited for where the user runs a parallel module in a checkpoint of his own."""
+    torch.manual_seed(0)
+    model, (x,) = Model(), _inputs()
+    parallel = dsp_auto.parallelize(model, init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",)), **ULYSSES)
+    parallel(x).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with _Order() as order:
+        torch.utils.checkpoint.checkpoint(parallel, x, use_reentrant=False).sum().backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected, strict=True))
+    issued = sum(name.startswith(("all_to_all", "all_gather", "all_reduce", "reduce_scatter")) for name in order.ran)
+    return issued, order.ran.count("wait_tensor")
+
+
+def test_what_is_issued_is_waited_for_where_a_checkpoint_runs_a_module_again(world):
+    for issued, waited in world(2).run(_under_a_checkpoint):
+        assert issued == waited
+
+
+def _issued_last(rank, ranks):
+    """The same of a checkpoint in which nothing is saved after what is issued."""
+    arguments = (1, 8, 2, ranks, rank, torch.distributed.group.WORLD.group_name)
+    x = torch.randn(2, 8 // ranks, 6, requires_grad=True)
+
+    def run(x):
+        coming, flight = torch.ops.dsp.start_switch(x.sin(), *arguments)
+        return torch.ops.dsp.wait_switch(coming, flight, *arguments) * 2.0
+
+    with _Order() as order:
+        torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False).sum().backward()
+    return order.ran.count("all_to_all_single"), order.ran.count("wait_tensor"), order.ran.count("zeros")
+
+
+def test_a_checkpoint_that_stops_early_leaves_nothing_under_way(world):
+    assert world(2).run(_issued_last) == [(3, 3, 0)] * 2
 
 
 class _Order(TorchDispatchMode):

@@ -251,6 +251,33 @@ def _equal_values(rank, ranks):
     return first > 2, [tuple(value.shape) for value in found[first:]]
 
 
+class _Mixed(nn.Module):
+    """A parameter to hold in parts, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.mlp = nn.Sequential(nn.Linear(200, 240), nn.GELU(), nn.Linear(240, 200))
+
+    def forward(self, x):
+        return self.mlp(self.norm(x)).softmax(1) + x.softmax(2)
+
+
+def _different_parameters(rank, ranks):
+    """What ranks are told that hold another parameter, another buffer, and another one that the plan holds in parts."""
+    told = []
+    for name, options in (("mlp.0.weight", {}), ("norm.running_mean", {}), ("mlp.0.weight", {"strategy": "megatron-sp"})):
+        torch.manual_seed(0)
+        model = _Mixed()
+        with torch.no_grad():
+            (model.get_parameter if "weight" in name else model.get_buffer)(name).add_(rank)
+        parallel = dsp_auto.parallelize(model.eval(), sp_mesh(ranks), **options)
+        with pytest.raises(dsp_auto.AgreementError, match="different parameters") as error:
+            parallel(torch.randn(2, 6, 200, generator=torch.Generator().manual_seed(0)))
+        told.append(str(error.value))
+    return told
+
+
 def _rounded_values(rank, ranks):
     model, x = axial()
     parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
@@ -604,6 +631,13 @@ def test_ranks_with_different_values_are_told_which_and_what_to_do(world):
 
 def test_values_are_compared_at_the_first_call_of_a_signature_and_at_no_later_one(world):
     assert world(2).run(_equal_values) == [(True, [(1,), (1,)])] * 2
+
+
+def test_ranks_that_hold_different_parameters_or_buffers_are_told_which(world):
+    first, second, third = world(2).run(_different_parameters)[0]
+    assert "mlp.0.weight" in first and "running_mean" not in first and "torch.manual_seed" in first
+    assert "norm.running_mean" in second and "mlp.0.weight" not in second
+    assert "mlp.0.weight" in third
 
 
 def test_values_that_differ_as_rounding_does_are_a_warning(world):
