@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from os import PathLike
-from traceback import walk_stack
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -53,6 +52,7 @@ from .passes.nodes import node_call
 from .passes.rules import why_none
 from .passes.segments import Home, cut
 from .passes.stages import MAY_STAY_WHOLE
+from .pipelined import called_by_stage, called_for_metadata
 from .plan import Plan
 from .planner import LayoutSpec, Options, Prepared, decide, finish, prepare
 from .progress import log_plan, step
@@ -417,7 +417,7 @@ class ParallelModule(nn.Module):
             called = self._signature(args, kwargs, shapes)
             prepared = state.kept.get(called.key)
         text = "new " + as_text(called.read) if prepared is None else prepared.signature
-        compare = run and not (prepared is not None and prepared.compared) and not _is_for_metadata()
+        compare = run and not (prepared is not None and prepared.compared) and not called_for_metadata()
         if compare:
             text = "first " + text
         finish = state.agreement.begin_check(
@@ -448,14 +448,14 @@ class ParallelModule(nn.Module):
         return prepared, pytree.tree_leaves((args, ordered_kwargs(kwargs, prepared.program.in_spec))), finish
 
     def _signature(self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]]) -> Signature:
-        """The signature, of which how parameters are held is a part where some are held in parts."""
+        """The signature, of which how parameters are held is a part where some are held in parts, and who calls."""
         state = self._dsp
         called = signature(state.model, args, kwargs, shapes, state.hooks, self)
         held = how_held(called.identity, called.managed)
         if not state.in_parts and any(placements is not None for placements in held):
             # Another parallel module of the same model holds its parameters in parts by now.
             state.in_parts = bool(placements_in(state.model, state.mesh, called.managed))
-        return called._replace(read=(*called.read, held if state.in_parts else ()))
+        return called._replace(read=(*called.read, held if state.in_parts else (), called_by_stage()))
 
     def _knows_more_hooks(
         self, args: tuple, kwargs: dict[str, Any], shapes: Mapping[int, tuple[int, ...]], called: Signature
@@ -733,13 +733,6 @@ class _StandIn(nn.Module):
 
 def _nothing() -> None:
     pass
-
-
-def _is_for_metadata() -> bool:
-    """Whether a `PipelineStage` calls to see the shapes of what its module returns, on memory that holds anything."""
-    stage = "torch.distributed.pipelining.stage"
-    callers = {frame.f_code.co_name for frame, _ in walk_stack(None) if frame.f_globals.get("__name__") == stage}
-    return bool(callers) and "forward_one_chunk" not in callers
 
 
 def _innermost(path: str, of: Collection[str]) -> str | None:

@@ -84,7 +84,7 @@ class Plan:
         instead, which `layout`s name.
     communication: wire bytes per device of forward and backward, the paper's forward volume (Table 8: M/N, M, 2M), and
         counts and bytes by primitive; `replicate` counts the buckets in which parameters' gradients are all-reduced (one
-        parameter each where inputs have gradients). `early`: how many collectives are issued before what they give is wanted,
+        parameter each in a stage of a pipeline). `early`: how many collectives are issued before what they give is wanted,
         and the seconds of them that this hides in a forward.
     memory: bytes per device. `peak_bytes`: of everything, at the worst program point (`peak_at`); `capacity_bytes`: what it was
         held under (None: no capacity was given), `reserve_bytes`: what was kept back of it. `activation_bytes`: of activations

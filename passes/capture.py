@@ -26,6 +26,7 @@ from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 
 from dsp_auto.errors import CaptureError, first_lines
+from dsp_auto.pipelined import called_by_stage
 
 from .check_gradients import check_gradients, unchanged
 from .checkpointing import marking
@@ -67,6 +68,7 @@ class Program:
     training: bool  # gradients will be asked for
     saved: Mapping[str, Saved]  # per op node, what is kept for backward, or in a checkpoint made again for it
     seconds: Mapping[str, float] = field(default_factory=dict)
+    staged: bool = False  # a stage of a pipeline calls it
 
     @property
     def graph(self) -> fx.Graph:
@@ -143,6 +145,7 @@ def _capture(fake: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
         training=training,
         saved=saved,
         seconds={"export": exported_at - started, "capture": time.perf_counter() - started},
+        staged=called_by_stage(),
     )
 
 

@@ -141,6 +141,7 @@ class _Cutter:
                 self.read[node] = self.read[_member(node)]
             elif len(inputs) == 1 and inputs[0] in self.read and _is_view(node) and is_tensor(node):
                 self.read[node] = self.read[inputs[0]]
+        self.in_buckets = any(len(n.args[0]) > 1 for n in replicated)
         self.ops = [
             n for n in graph.nodes if n.op == "call_function" and n not in self.read and n not in replicated
         ]
@@ -320,7 +321,7 @@ class _Cutter:
         needed = dict.fromkeys(
             n for user in users for n in user.all_input_nodes if n in self.read and self.home(n, user) == depth
         )
-        value = _Reads(new, env, needed)
+        value = _Reads(new, env, needed, self.in_buckets)
         recomputed = any(len(scope) == 1 for scope in prefix)
         for scope, run in self.runs(nodes, depth):
             if scope is None:
@@ -393,7 +394,9 @@ class _Cutter:
 class _Reads:
     """A node's copy in a body; of parameters, and what is made of them, where it is first asked for."""
 
-    def __init__(self, new: fx.Graph, env: dict[fx.Node, fx.Node], needed: Collection[fx.Node]) -> None:
+    def __init__(
+        self, new: fx.Graph, env: dict[fx.Node, fx.Node], needed: Collection[fx.Node], in_buckets: bool
+    ) -> None:
         self.new, self.env = new, env
         self.bucket: dict[fx.Node, list[fx.Node]] = {}
         steps: dict[int, dict[fx.Node, None]] = defaultdict(dict)  # by how many replicates come before
@@ -403,7 +406,7 @@ class _Reads:
                 steps[number][step] = None
         for members in (list(own) for own in steps.values()):
             kinds = [(_replicate(n).args[1:], n.meta["val"].dtype) for n in members]
-            for bucket in packed([(kind, n.meta["val"].nbytes) for kind, n in zip(kinds, members, strict=True)]):
+            for bucket in packed([(kind, n.meta["val"].nbytes) for kind, n in zip(kinds, members, strict=True)], in_buckets):
                 own = [members[n] for n in bucket]
                 self.bucket.update(dict.fromkeys(own, own))
 

@@ -98,6 +98,11 @@ class StageGraph:
     parameters: frozenset[str] = frozenset()  # names of their nodes
     same_as: Mapping[str, str] = field(default_factory=dict)  # of these, the node of the same parameter that counts
     constrained: frozenset[int] = frozenset()  # the stages that the user's constraints speak of
+    # Whether gradients of several parameters are all-reduced together: not in a stage of a pipeline, which may ask for the
+    # gradients of inputs first and for those of parameters later (zero bubble). Parameters that go through one node of autograd
+    # are then taken for one parameter that is used in many places: torch 2.13 runs all of backward twice, or fails where there
+    # are several such nodes, and torch 2.11 counts gradients twice (pytorch/pytorch#180952).
+    in_buckets: bool = True
 
     @cached_property
     def uses(self) -> Mapping[ValueId, tuple[Use, ...]]:
@@ -106,16 +111,6 @@ class StageGraph:
             for use in stage.uses:
                 found.setdefault(use.storage, []).append(use)
         return {storage: tuple(uses) for storage, uses in found.items()}
-
-    @cached_property
-    def in_buckets(self) -> bool:
-        """Whether gradients of several parameters are all-reduced together: not where inputs have gradients too.
-
-        Then a pipeline may ask for the gradients of inputs first and for those of parameters later (zero bubble). Parameters
-        that go through one node of autograd are to it one parameter, used in many places: torch 2.13 then runs all of backward
-        twice, or fails where there are several such nodes, and torch 2.11 counts gradients twice (pytorch/pytorch#180952).
-        """
-        return not (self.training and any(s.kind == "input" and s.root.requires_grad for s in self.storages.values()))
 
     def __str__(self) -> str:
         return self.show()
@@ -288,7 +283,16 @@ def make_stages(
     nodes = {entry.name: node.name for node, entry in sources if entry is not None}
     same_as = {node.name: nodes[entry.same_as] for node, entry in sources if entry is not None and entry.same_as}
     return StageGraph(
-        mesh, factors, tuple(stages), storages, views, program.training, parameters, same_as, frozenset(constrained)
+        mesh,
+        factors,
+        tuple(stages),
+        storages,
+        views,
+        program.training,
+        parameters,
+        same_as,
+        frozenset(constrained),
+        in_buckets=not program.staged,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributed import pipelining
@@ -87,17 +89,18 @@ def test_a_backward_that_asks_for_gradients_of_inputs_first_is_right_whatever_is
     assert max(worst for worst, _, _ in found) <= GRADIENT_TOLERANCE
 
 
-def _trained(requires_grad):
-    """How many parameters' gradients each all-reduce sums, in a program whose input has a gradient or not."""
+def _trained(staged):
+    """How many parameters' gradients each all-reduce sums, in the program of a pipeline's stage or not."""
     model, (video,), _ = transformer_2d(**SMALL)
-    prepared = prepare(capture(model, (video.requires_grad_(requires_grad),)), as_mesh("2"), Options.of())
+    program = replace(capture(model, (video.requires_grad_(),)), staged=staged)
+    prepared = prepare(program, as_mesh("2"), Options.of())
     plan, graph = finish(prepared, decide(prepared))
     found = [len(node.args[0]) for node in graph.nodes if node.target is torch.ops.dsp.replicate.default]
     assert plan.communication["by_primitive"]["replicate"]["count"] == len(found)
     return found
 
 
-def test_parameters_are_summed_together_unless_inputs_have_gradients_and_backward_may_come_in_two_parts():
+def test_parameters_are_summed_together_but_in_a_stage_of_a_pipeline_whose_backward_may_come_in_two_parts():
     together, apart = _trained(False), _trained(True)
     assert len(together) < sum(together)
     assert apart == [1] * sum(together)
