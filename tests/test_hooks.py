@@ -116,7 +116,7 @@ def _on_one_rank(rank, ranks):
     parallel(*args)
     if rank == 0:
         handle = model.norm.register_forward_hook(lambda module, args, out: None)
-    with pytest.raises(dsp_auto.AgreementError, match="rank 0: .*, 1 modules whose hooks run"):
+    with pytest.raises(dsp_auto.AgreementError, match="rank 0: .*, 1 module whose hooks run"):
         parallel(*args)
     if rank == 0:
         handle.remove()

@@ -160,6 +160,7 @@ def _serve(rank: int, ranks: int, store: str, timeout: float, pipe: connection.C
 def _answer(rank: int, ranks: int, call: bytes) -> bytes:
     try:
         fn, args, kwargs = pickle.loads(call)
+        torch.manual_seed(0)  # every rank draws the same weights, whatever ran on some of them before
         return pickle.dumps((True, fn(rank, ranks, *args, **kwargs)))
     except BaseException as error:  # everything a test function raises belongs to the parent
         report = traceback.format_exc()
