@@ -3,8 +3,8 @@
 Predicted: models at sizes of use on 8 devices of `--hardware`, planned with fake tensors; communication of a training step,
 which part of it runs beside other work, and the step's time against that without. Measured: a training step of a small model
 on gloo processes, with and without in pairs that swap who goes first, after outputs and gradients of both were found
-bit-equal. There the processes that compute also move the bytes, so little is to be gained; it shows what the halves cost.
-Writes JSON.
+bit-equal, as if on H100s. There the processes that compute also move the bytes, so nothing is to be gained, and a plan for
+CPUs does not do it; it shows what the halves cost. Writes JSON.
 
     python benchmarks/overlap.py [--hardware h100] [--pairs 20] [--ranks 2] [--out benchmarks/results/overlap.json]
 """
@@ -85,7 +85,8 @@ def on_rank(rank: int, ranks: int, name: str, strategy: str, pairs: int) -> dict
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))
     torch.manual_seed(0)
     model, args = build(*sizes)
-    both = [dsp_auto.parallelize(model, mesh, args, strategy=strategy, overlap=overlap) for overlap in (True, False)]
+    options = {"strategy": strategy, "hardware": "h100"}
+    both = [dsp_auto.parallelize(model, mesh, args, overlap=overlap, **options) for overlap in (True, False)]
 
     def step(parallel: nn.Module) -> list[torch.Tensor]:
         model.zero_grad()

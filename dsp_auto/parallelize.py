@@ -486,8 +486,9 @@ class ParallelModule(nn.Module):
                 solution = agreement.from_first(lambda: decide(ready))
         else:
             solution = agreement.together(lambda: restore(ready, given))
+        usual = "cpu-gloo" if state.mesh.device_type == "cpu" else "h100"
         groups = agreement.together(lambda: group_names(state.mesh, ready.problem(solution.space).graph.mesh))
-        plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups))
+        plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups, usual))
         if given is not None:
             agreement.together(lambda: check_same(given, plan))
         module = local_module(graph, ready.program.module)

@@ -330,7 +330,8 @@ def plan(
     rng: "parallel": ranks draw their own numbers for shards of a dropout, and the same ones for what they all hold; "serial":
         they draw what one device would, and keep their part, which takes time and memory.
     overlap: whether a collective is issued before what it gives is wanted, where other ops of the model can run in between (on
-        `hardware`, "h100" where none is given) and its memory does not raise the peak. The results are the same.
+        `hardware`; where none is given "h100", or "cpu-gloo" for processes on CPUs) and its memory does not raise the peak. The
+        results are the same.
     constraints: what ops in some modules shard: `{"blocks.3.attn": {"sp": "T"}}` makes every op in that module that has the
         factor T among its dims shard it over sp; `{"sp": None}` makes all of them shard nothing over sp. A factor goes by the
         name that plans print; `*` stands for one part of a path (`blocks.*.attn`). Ops that do not have the factor are free,
@@ -559,12 +560,16 @@ def _frugal(prepared: Prepared, found: Mapping[int, Solution]) -> list[Solution]
 
 
 def finish(
-    prepared: Prepared, solution: Solution, rank: int = 0, groups: Callable[[tuple[int, ...]], str] | None = None
+    prepared: Prepared,
+    solution: Solution,
+    rank: int = 0,
+    groups: Callable[[tuple[int, ...]], str] | None = None,
+    usual: str = "h100",
 ) -> tuple[Plan, fx.Graph]:
     """rewrite: the plan, and the program of the `rank`-th device of the mesh, counted row-major.
 
     groups: c10d name of this rank's group along some mesh dims, asked for in the same order on every rank; without it the
-    program is only to be looked at.
+    program is only to be looked at. usual: the hardware by which collectives are issued early where the user named none.
     """
     started = time.perf_counter()
     problem = prepared.problem(solution.space)
@@ -574,7 +579,7 @@ def finish(
         names = {mesh_dims: (groups or mesh.label)(mesh_dims) for mesh_dims in problem.lines(solution.choice)}
         stages = group_stages(problem, solution.choice)
         shown = {stage.index: number for number, own in enumerate(stages) for stage in own}
-        early = _early(prepared, solution)
+        early = _early(prepared, solution, usual)
         graph = rewrite(prepared.program, problem, solution, buckets, mesh.coordinate(rank), names, shown, early)
     seconds = {
         "export": prepared.seconds["export"],
@@ -626,12 +631,12 @@ def _stage_seconds(program: Program, graph: StageGraph, hardware: Hardware) -> C
     return seconds
 
 
-def _early(prepared: Prepared, solution: Solution) -> tuple[Early, ...]:
+def _early(prepared: Prepared, solution: Solution, usual: str) -> tuple[Early, ...]:
     """overlap: what the programs of a plan issue early."""
     options, problem = prepared.options, prepared.problem(solution.space)
     if not options.overlap:
         return ()
-    hardware = _on_mesh(options.hardware or as_hardware("h100"), problem.graph.mesh)
+    hardware = _on_mesh(options.hardware or as_hardware(usual), problem.graph.mesh)
     seconds = _stage_seconds(prepared.program, problem.graph, hardware)
     return find_early(problem, solution, hardware, lambda stage, strategy: seconds(stage, strategy, True))
 

@@ -68,6 +68,7 @@ def _targets(graph):
 
 
 ULYSSES = {"strategy": "ulysses"}
+ON_GPUS = {**ULYSSES, "hardware": "h100"}
 
 
 def test_a_switch_is_issued_before_work_that_does_not_need_it_and_awaited_where_it_is_wanted():
@@ -182,11 +183,24 @@ def test_a_collective_of_which_next_to_nothing_would_be_hidden_is_issued_where_i
     assert plan.communication["early"]["count"] == 0
 
 
+def _by_default(rank, ranks):
+    torch.manual_seed(0)
+    mesh, counts = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",)), []
+    for options in (ULYSSES, ON_GPUS):
+        parallel = dsp_auto.parallelize(Model(1), mesh, _inputs(), **options)
+        counts.append(parallel.plan.communication["early"]["count"])
+    return counts
+
+
+def test_processes_on_cpus_are_not_taken_for_gpus(world):
+    assert all(usual == 0 < named for usual, named in world(2).run(_by_default))
+
+
 def _under_a_checkpoint(rank, ranks):
     """What is issued and what is waited for where the user runs a parallel module in a checkpoint of his own."""
     torch.manual_seed(0)
     model, (x,) = Model(), _inputs()
-    parallel = dsp_auto.parallelize(model, init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",)), **ULYSSES)
+    parallel = dsp_auto.parallelize(model, init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",)), **ON_GPUS)
     parallel(x).sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -236,7 +250,7 @@ def _build():
 
 def _on_processes(rank, ranks):
     with _Order() as order:
-        found = compare(rank, ranks, _build, {}, options=ULYSSES)
+        found = compare(rank, ranks, _build, {}, options=ON_GPUS)
     return found, _beside(order.ran)
 
 
@@ -263,7 +277,7 @@ def _with_fsdp(rank, ranks):
     model(x).square().mean().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    parallel = dsp_auto.parallelize(model, mesh["sp"], **ULYSSES)
+    parallel = dsp_auto.parallelize(model, mesh["sp"], **ON_GPUS)
     for block in model.blocks:
         fully_shard(block, mesh=mesh["dp"])
     fully_shard(parallel, mesh=mesh["dp"])
