@@ -415,6 +415,7 @@ PROFILES = {
     )
 }
 DEFAULT = "h100"  # the profile where nothing is said
+DEFAULT_ON_CPU = "cpu-gloo"  # and where processes on CPUs are to run
 
 
 def as_hardware(hardware: str | PathLike | Hardware | None) -> Hardware:

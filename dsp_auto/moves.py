@@ -198,8 +198,9 @@ class Cut(Move):
         return x.narrow(self.dim, *_range(self.sizes, self.at)).clone(memory_format=torch.contiguous_format)
 
     def adjoint(self) -> Move:
-        kind = AmongZeros if self.partial_grad else Gather
-        return kind(self.dim, self.sizes, False, self.at.backward())
+        if self.partial_grad:
+            return AmongZeros(self.dim, self.sizes, self.at.backward())
+        return Gather(self.dim, self.sizes, False, self.at.backward())
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,6 @@ class AmongZeros(Move):
 
     dim: int
     sizes: Sizes
-    partial_grad: bool
     at: At
 
     def run(self, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from .agreement import Agreement
 from .capacity import find_capacity
 from .collectives import before_first_collective
 from .compiled import Compiled, Programs
+from .cost_models.hardware import DEFAULT, DEFAULT_ON_CPU
 from .cost_models.state import TrainingState
 from .decision import check_mesh, check_same, find_fitting, restore
 from .errors import DspError, LayoutError, MeshError, PlanError, StrategyError
@@ -486,7 +487,7 @@ class ParallelModule(nn.Module):
                 solution = agreement.from_first(lambda: decide(ready))
         else:
             solution = agreement.together(lambda: restore(ready, given))
-        usual = "cpu-gloo" if state.mesh.device_type == "cpu" else "h100"
+        usual = DEFAULT_ON_CPU if state.mesh.device_type == "cpu" else DEFAULT
         groups = agreement.together(lambda: group_names(state.mesh, ready.problem(solution.space).graph.mesh))
         plan, graph = agreement.together(lambda: finish(ready, solution, place_in(state.mesh), groups, usual))
         if given is not None:

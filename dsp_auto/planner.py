@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from .alternatives import Alternative, Alternatives
 from .capacity import Capacity, find_capacity
 from .cost_models.compute import Launch, op_launches
-from .cost_models.hardware import Hardware, as_hardware
+from .cost_models.hardware import DEFAULT, Hardware, as_hardware
 from .cost_models.state import TrainingState, as_state
 from .decision import check_fits, check_same, record, restore, show_inputs, show_ops
 from .errors import ConstraintError, DspError, InfeasibleError, LayoutError, PlanError, StrategyError
@@ -564,7 +564,7 @@ def finish(
     solution: Solution,
     rank: int = 0,
     groups: Callable[[tuple[int, ...]], str] | None = None,
-    usual: str = "h100",
+    usual: str = DEFAULT,
 ) -> tuple[Plan, fx.Graph]:
     """rewrite: the plan, and the program of the `rank`-th device of the mesh, counted row-major.
 

@@ -147,7 +147,8 @@ class _Finder:
 
     @cached_property
     def peak(self) -> int:
-        return max(self.totals)
+        """Of the plan, whatever is under way."""
+        return self.problem.peak(self.choice, self.solution.recomputed, whole=True)[0]
 
     @cached_property
     def points(self) -> Mapping[int, list[int]]:

@@ -179,9 +179,7 @@ class _Writer:
         for storage, layout in zip(op.results, layouts, strict=True):
             new = result[storage[1]] if apart else result
             if not single and not apart:
-                new = self.out.call_function(operator.getitem, (result, storage[1]))
-                new.meta.update(self.meta)
-                new.meta["val"] = values[storage[1]]
+                new = self._result(result, storage[1])
             expected = self.local_shape(storage, layout)
             if tuple(new.meta["val"].shape) != expected:
                 raise AssertionError(
@@ -319,9 +317,7 @@ class _Writer:
         result = self.out.call_function(dsp.replicate.default, arguments, {"where": self.at})
         result.meta["val"] = [node.meta["val"] for node in nodes]  # the identity
         for number, (storage, step) in enumerate(zip(storages, steps, strict=True)):
-            new = self.out.call_function(operator.getitem, (result, number))
-            new.meta["val"] = nodes[number].meta["val"]
-            self.copies[storage, step.after] = new
+            self.copies[storage, step.after] = self._result(result, number)
         self.meta = meta
 
     def _primitive(self, storage: ValueId, operands: Sequence[fx.Node], step: Step, half: str = "") -> fx.Node:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsp_auto
 from dsp_auto.decision import check_same, restore
@@ -21,6 +20,7 @@ from dsp_auto.predict import predict
 from dsp_auto.rehearse import rehearse
 from dsp_auto.track import track
 from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, compare
+from tests.run_order import RunOrder
 
 
 class Attention(nn.Module):
@@ -204,7 +204,7 @@ def _under_a_checkpoint(rank, ranks):
     parallel(x).sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    with _Order() as order:
+    with RunOrder() as order:
         torch.utils.checkpoint.checkpoint(parallel, x, use_reentrant=False).sum().backward()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected, strict=True))
     issued = sum(name.startswith(("all_to_all", "all_gather", "all_reduce", "reduce_scatter")) for name in order.ran)
@@ -225,7 +225,7 @@ def _issued_last(rank, ranks):
         coming, flight = torch.ops.dsp.start_switch(x.sin(), *arguments)
         return torch.ops.dsp.wait_switch(coming, flight, *arguments) * 2.0
 
-    with _Order() as order:
+    with RunOrder() as order:
         torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False).sum().backward()
     return order.ran.count("all_to_all_single"), order.ran.count("wait_tensor"), order.ran.count("zeros")
 
@@ -234,22 +234,12 @@ def test_a_checkpoint_that_stops_early_leaves_nothing_under_way(world):
     assert world(2).run(_issued_last) == [(3, 3, 0)] * 2
 
 
-class _Order(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.ran = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ran.append(func.name().removeprefix("aten::").removeprefix("_c10d_functional::").partition(".")[0])
-        return func(*args, **(kwargs or {}))
-
-
 def _build():
     return Model(), _inputs(), {}
 
 
 def _on_processes(rank, ranks):
-    with _Order() as order:
+    with RunOrder() as order:
         found = compare(rank, ranks, _build, {}, options=ON_GPUS)
     return found, _beside(order.ran)
 
@@ -281,7 +271,7 @@ def _with_fsdp(rank, ranks):
     for block in model.blocks:
         fully_shard(block, mesh=mesh["dp"])
     fully_shard(parallel, mesh=mesh["dp"])
-    with _Order() as order:
+    with RunOrder() as order:
         parallel(x).square().mean().backward()
     for name, p in parallel.named_parameters():
         torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6)

@@ -12,12 +12,12 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsp_auto.errors import LayoutError
 from dsp_auto.measure import CountCollectives
 from dsp_auto.primitives import IN_HALVES
 from dsp_auto.shards import shard_range, shard_sizes
+from tests.run_order import RunOrder
 
 dsp = torch.ops.dsp
 GROUP = "default_pg"  # of fake tensors; real ones take their world's group
@@ -354,26 +354,14 @@ def test_gradients_of_gradients_are_those_of_one_process(world, ranks, size, way
 # in two halves
 
 
-class _Record(TorchDispatchMode):
-    """What runs, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.ran = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ran.append(func.name().removeprefix("aten::").removeprefix("_c10d_functional::").partition(".")[0])
-        return func(*args, **(kwargs or {}))
-
-
 def _check_order(rank, ranks):
     arguments = (1, 5, 2, ranks, rank, _group())
     x, other = _shard(_whole((2, 5, 4)), 1, ranks, rank).requires_grad_(), _whole((3, 3)).requires_grad_()
-    with _Record() as forward:
+    with RunOrder() as forward:
         coming, flight = dsp.start_switch(x, *arguments)
         between = other.sin()
         y = dsp.wait_switch(coming, flight, *arguments)
-    with _Record() as backward:
+    with RunOrder() as backward:
         torch.autograd.backward([y, between], [torch.ones_like(y), torch.ones_like(between)])
     for ran, work in ((forward.ran, "sin"), (backward.ran, "cos")):
         assert ran.index("all_to_all_single") < ran.index(work) < ran.index("wait_tensor")
