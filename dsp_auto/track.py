@@ -1,9 +1,9 @@
 """Track: the bytes of memory that a step of one rank's program takes, from running it on fake tensors.
 
 Nothing is modelled: the program runs as it would, backward too, and every storage that an op makes counts from then on until
-the last tensor over it is gone. Not in it: what a kernel takes for itself while it runs, an allocator's rounding, and the 5 kB
-of the random numbers' state that a checkpoint keeps. The loss is the user's: the gradients of the outputs appear as backward
-begins, and the outputs are held until its end.
+the last tensor over it is gone. Not in it: what is on the host, beside a model on accelerators; what a kernel takes for itself
+while it runs, an allocator's rounding, and the 5 kB of the random numbers' state that a checkpoint keeps. The loss is the
+user's: the gradients of the outputs appear as backward begins, and the outputs are held until its end.
 
 Two things differ between fake tensors and real ones, and are counted as they are on real ones. `wait_tensor` makes no tensor.
 And autograd adds a gradient in place to one that came before, where nobody else holds that one, but not under a mode that
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .passes.capture import Program, positions_of
 from .passes.checkpointing import local_module
-from .passes.nodes import module_path
+from .passes.nodes import module_path, node_values, on_the_host
 from .predict import fake_input, requires_grad_flags
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
@@ -104,7 +104,8 @@ def track_module(
         inputs = [fake_input(value, wanted) for value, wanted in zip(given, requires_grad, strict=True)]
         for n, other in (same_as or {}).items():
             inputs[n] = inputs[other]
-        memory = _Memory()
+        tensors = [x for node in module.graph.nodes for x in node_values(node) if isinstance(x, Tensor)]
+        memory = _Memory(on_the_host(tensors))
         step = _Step(module, inputs, changed, memory, mode)
         stepped = optimizer([inputs[n] for n in parameters if inputs[n].requires_grad]) if optimizer else None
         if stepped is not None:
@@ -129,8 +130,9 @@ class _Storage:
 class _Memory(TorchDispatchMode):
     """Follows the storages of what ops give, each from the op that makes it on."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_host: Callable[[Tensor], bool]) -> None:
         super().__init__()
+        self.on_host = on_host
         self.storages: dict[int, _Storage] = {}  # by id of the storage, which is one object as long as it lives
         self.bytes = dict.fromkeys((BASE, ACTIVATIONS, GRADIENTS, OPTIMIZER), 0)
         self.at_peak = dict(self.bytes)
@@ -160,13 +162,14 @@ class _Memory(TorchDispatchMode):
     def see(self, x: Tensor, kind: str) -> bool:
         """Counts a tensor's storage. Returns whether it is a new one."""
         storage = x.untyped_storage()
+        nbytes = 0 if self.on_host(x) else storage.nbytes()
         known = self.storages.get(id(storage))
         if known is not None:
-            self.bytes[known.kind] += storage.nbytes() - known.nbytes  # it may have been resized
-            known.nbytes = storage.nbytes()
+            self.bytes[known.kind] += nbytes - known.nbytes  # it may have been resized
+            known.nbytes = nbytes
             return False
         key = id(storage)
-        own = self.storages[key] = _Storage(storage.nbytes(), kind)
+        own = self.storages[key] = _Storage(nbytes, kind)
         own.ref = weakref.ref(storage, lambda _: self._forget(key))
         self.bytes[kind] += own.nbytes
         return True

@@ -9,6 +9,8 @@ replicated:
     replicate  all operands and results Replicate
     varying    under training, all operands and results Replicate with a Partial gradient
 
+What runs on the host, beside a model on accelerators, runs replicated, so that nothing there is communicated.
+
 With several mesh dims: one choice each; two may cut the same, the outer one first, where it is long enough for both. Which
 factors may be sharded, and in which way, is the business of `presets`.
 """
@@ -131,6 +133,8 @@ def without_gradient(placement: Placement) -> Placement:
 
 def _choices(op: Op, grad: Canonical, space: Space, allowed: frozenset[int]) -> list[_Choice]:
     found = [grad.choice((), None, lambda n: R, lambda n: R)]
+    if op.on_host:
+        return found
     if any(grad.operands) and allowed:
         found.append(grad.choice((), None, lambda n: V, lambda n: V))
     if op.rule is None:

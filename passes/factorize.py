@@ -22,7 +22,7 @@ from dsp_auto.units import counted
 from .capture import Program
 from .factors import Factors, Op, Value
 from .kinds import find_kinds
-from .nodes import ValueId, is_getitem, is_tensor, node_call, node_values, operand_ids, value_id
+from .nodes import ValueId, is_getitem, is_tensor, node_call, node_values, on_the_host, operand_ids, value_id
 from .notation import OpRule
 from .rules import find_rule
 
@@ -158,6 +158,7 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None, rng:
         calls.append((node, operands, [ident for ident, _ in results], rule, axes, opaque))
 
     arriving = _arriving(program, nodes)
+    on_host = on_the_host(nodes.values())
     values = {
         ident: Value(
             ident,
@@ -165,13 +166,16 @@ def factorize(program: Program, dim_names: Mapping[str, str] | None = None, rng:
             tuple(nodes[ident].shape),
             nodes[ident].dtype,
             ident in arriving,
+            nodes[ident].device,
+            on_host(nodes[ident]),
         )
         for ident, own in dims.items()
     }
     ops = []
     for node, operands, results, rule, axes, opaque in calls:
         own_axes = {axis: tuple(pieces.leaves(own)) for axis, own in axes.items()}
-        ops.append(Op(node, tuple(operands), tuple(results), rule, own_axes, frozenset(opaque)))
+        there = any(values[v].on_host for v in results) or any(values[v].on_host and v in arriving for v in operands)
+        ops.append(Op(node, tuple(operands), tuple(results), rule, own_axes, frozenset(opaque), there))
     factors = {factor: pieces.size[factor] for value in values.values() for factor in value.factors}
     made = Factors(factors, {}, {}, values, tuple(ops), rng)
     kinds = find_kinds(program, made)

@@ -22,6 +22,8 @@ class Value:
     """One tensor of the graph. `dims` are the factors of each of its dims, major first: `(B T) S C`.
 
     requires_grad: a gradient arrives at it in backward (not so upstream of a `detach`, whatever autograd records there).
+    on_host: it is on the CPU, of a model that computes on accelerators. Ranks do not communicate such values, since their
+        collectives are those of the accelerator, and they take no memory of it.
     """
 
     id: ValueId
@@ -29,6 +31,8 @@ class Value:
     shape: Shape
     dtype: torch.dtype
     requires_grad: bool
+    device: torch.device = torch.device("cpu")
+    on_host: bool = False
 
     @cached_property
     def factors(self) -> tuple[int, ...]:
@@ -41,7 +45,8 @@ class Value:
 
     @cached_property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
+        """Bytes of memory where the model computes."""
+        return 0 if self.on_host else math.prod(self.shape) * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Op:
     """One op of the graph: its rule (None: it runs replicated), operands and results.
 
     `axes` are the factors of each axis of the rule, `opaque` the axes whose operands could not be brought together.
+    on_host: what it makes is on the host (see `Value`), or a gradient that it gives, so that every rank does all of it.
     """
 
     node: fx.Node
@@ -57,6 +63,7 @@ class Op:
     rule: OpRule | None
     axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     opaque: frozenset[str] = frozenset()
+    on_host: bool = False
 
     @property
     def name(self) -> str:

@@ -192,7 +192,9 @@ def is_state(slot: Slot | None, term: Term | None = None) -> bool:
 
 def footprint(program: Program, op: Op) -> Footprint:
     args, kwargs = fx.map_arg((op.node.args, dict(op.node.kwargs)), lambda n: n.meta["val"])
-    return op_footprint(op.node.target, args, kwargs, program.training)
+    found = op_footprint(op.node.target, args, kwargs, program.training)
+    # What runs on the host takes the host's memory.
+    return replace(found, extra=0, backward_extra=0, internal=0, long=0) if op.on_host else found
 
 
 @dataclass

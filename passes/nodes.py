@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .notation import OpCall
 
@@ -16,6 +17,13 @@ def node_values(node: fx.Node) -> tuple[Any, ...]:
     """The fake values that a node produces, one per result."""
     value = node.meta.get("val")
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def on_the_host(tensors: Iterable[Tensor]) -> Callable[[Tensor], bool]:
+    """Tells of a tensor of a model, all of whose tensors are given, whether it is on the CPU while the model computes on
+    accelerators."""
+    kinds = {tensor.device.type for tensor in tensors}
+    return lambda tensor: tensor.device.type == "cpu" and kinds != {"cpu"}
 
 
 def module_path(node: fx.Node) -> str:

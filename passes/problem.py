@@ -398,7 +398,9 @@ class Problem:
         first = (0,) * len(self.graph.mesh.sizes)
         with FakeTensorMode(allow_non_fake_inputs=True):
             operands = [
-                torch.empty(shape, dtype=values[v].dtype).requires_grad_(self.graph.training and values[v].requires_grad)
+                torch.empty(shape, dtype=values[v].dtype, device=values[v].device).requires_grad_(
+                    self.graph.training and values[v].requires_grad
+                )
                 for shape, v in zip(shapes, op.operands, strict=True)
             ]
             rest = iter(operands)

@@ -127,8 +127,10 @@ class StageGraph:
         return "\n".join(lines)
 
     def local_bytes(self, storage: ValueId, layout: Layout) -> int:
-        """Bytes of the storage on the rank that holds most of it."""
+        """Bytes of the storage on the rank that holds most of it (see `Value.nbytes`)."""
         root = self.storages[storage].root
+        if root.on_host:
+            return 0
         sizes = [self.factors.sizes[factor] for factor in root.factors]
         for place in {placement.place for placement in layout if isinstance(placement, Shard)}:
             sizes[place] = self.lengths(root.factors[place], cutters(layout, place))[0]

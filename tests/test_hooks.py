@@ -9,8 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import dsp_auto
 from dsp_auto.passes.hooks import traced
+from dsp_auto.rehearse import rehearse
 from examples.transformer_2d import build as transformer_2d
 from tests.parity import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, deviation, sp_mesh
+from tests.zoo.public import MODELS
 
 SMALL = {"layers": 1, "hidden": 16, "heads": 2, "frames": 4, "tokens": 6}
 
@@ -152,6 +154,43 @@ def test_hooks_that_change_tensors_in_place_are_told_from_hooks_that_look():
         assert not model[0]._forward_hooks and model[1]._forward_hooks and model[2]._forward_pre_hooks
     assert hooks.running == hooks.untraced == {looks.id}
     assert len(model[0]._forward_hooks) == 1
+
+
+class Collects(nn.Module):
+    """Hooks of its layers leave what they give in a list that is no module's; forward reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.collected = collected = []
+        for layer in self.layers:
+            layer.register_forward_hook(lambda module, args, out: collected.append(out))
+
+    def forward(self, x):
+        self.collected.clear()
+        for n, layer in enumerate(self.layers):
+            x = x + layer(x).softmax(1 + n)
+        return x + sum(self.collected)
+
+
+def test_hooks_that_leave_what_forward_reads_outside_of_any_module_are_part_of_the_program():
+    torch.manual_seed(0)
+    model, args = Collects(), (torch.randn(2, 6, 5, 8),)
+    seen = []
+    looks = model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.sum()))
+    with traced(model, args, {}) as hooks:
+        assert [len(layer._forward_hooks) for layer in model.layers] == [1, 1]
+    assert hooks.untraced == {looks.id} and len(hooks.running) == 3
+    found = rehearse(model, "2", args)
+    assert found.output[0] <= OUTPUT_TOLERANCE and found.gradient[0] <= GRADIENT_TOLERANCE
+
+
+def test_a_model_is_planned_alike_before_and_after_its_own_first_call_put_hooks_into_it():
+    model, args, kwargs = MODELS["dpt"]()
+    with torch.no_grad():
+        model.eval()(*args, **kwargs)
+        assert any(module._forward_hooks for module in model.modules())
+        dsp_auto.plan(model, "2", args, kwargs)
 
 
 def test_hooks_on_some_ranks_only_are_told_before_anything_hangs(world):
