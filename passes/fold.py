@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy
+from torch import fx
 
 from .stages import INPUT, Stage, StageGraph
 
@@ -79,7 +80,16 @@ def _token(graph: StageGraph, stage: Stage, lists: dict[int, int]) -> tuple:
         lists[id(stage.strategies)],
         tuple((graph.storages[result].root.shape, graph.storages[result].root.itemsize) for result in stage.results),
         tuple((graph.storages[use.storage].kind, use.grad, use.wanted) for use in stage.uses),
+        _reach(stage),
     )
+
+
+def _reach(stage: Stage) -> str:
+    """The arguments beside tensors of an op that communicates: how far its windows reach may depend on them."""
+    op = stage.op
+    if op is None or op.rule is None or not op.rule.communicates:
+        return ""
+    return str(fx.map_arg((op.node.args, dict(op.node.kwargs)), lambda _: None))
 
 
 def _longest_repeat(tokens: numpy.ndarray) -> tuple[int, int, int] | None:

@@ -8,12 +8,17 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from dsp_auto.cost_models.hardware import as_hardware
 from dsp_auto.errors import InfeasibleError, MeshError, NoShardableFactorError
+from dsp_auto.mesh import as_mesh
 from dsp_auto.passes import model as model_file
+from dsp_auto.passes.capture import capture
 from dsp_auto.passes.layout import P, R, Shard, V, moves, ways
 from dsp_auto.passes.solve import solve
+from dsp_auto.planner import Options, decide, finish, prepare
 from tests.graphs import Builder, aten, problem_of, random_program
 
 GRAPHS = 240
@@ -208,6 +213,31 @@ def test_under_a_given_capacity_a_folded_plan_far_from_its_bound_is_solved_again
         capacity = int(least.peak_bytes * share)
         found = solve(problem, capacity, gap=0.0)
         assert found.objective == pytest.approx(solve(problem, capacity, use_folding=False).objective)
+
+
+class Dilated(nn.Module):
+    """Convolutions that differ in nothing but how far they reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(4, 4, 7, dilation=dilation, padding=3 * dilation) for dilation in (1, 3, 9)
+        )
+
+    def forward(self, x):
+        for convolution in self.convolutions:
+            x = x + convolution(x.sin()).relu()
+        return x
+
+
+def test_ops_that_reach_differently_far_are_counted_each_by_itself():
+    with torch.no_grad():
+        prepared = prepare(capture(Dilated(), (torch.randn(1, 4, 136),)), as_mesh("2"), Options.of())
+    solution = decide(prepared)
+    memory = finish(prepared, solution)[0].memory
+    # As another process counts it, which was only told what was decided.
+    again = prepare(prepared.program, as_mesh("2"), prepared.options)
+    assert finish(again, solution)[0].memory == memory
 
 
 def test_less_capacity_never_costs_less():
