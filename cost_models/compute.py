@@ -9,12 +9,14 @@ formulas count it here: 4 s t d forward, 10 s t d backward (the scores once more
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -124,11 +126,20 @@ def call_of(function: Any, target: Any, args: tuple, kwargs: Mapping[str, Any], 
     key = (target, _describe(tuple(args)), tuple((name, _describe(value)) for name, value in kwargs.items()), training)
     call = Call(target, args, dict(kwargs), key)
     try:
-        return function(call, training)
-    except TypeError:  # an argument that cannot be hashed
-        return function.__wrapped__(call, training)
+        with nullcontext() if is_anywhere(target) else _mode_of((args, kwargs)):
+            try:
+                return function(call, training)
+            except TypeError:  # an argument that cannot be hashed
+                return function.__wrapped__(call, training)
     finally:
         call.args, call.kwargs = (), {}  # the cache keeps the call, which would keep a whole graph through its tensors
+
+
+def _mode_of(arguments: Any) -> FakeTensorMode:
+    """In which whatever a call makes is fake: what it makes of no tensor, however large, and what an op makes inside (a mask in
+    numbers)."""
+    modes = [leaf.fake_mode for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, FakeTensor)]
+    return modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @lru_cache(maxsize=4096)

@@ -33,6 +33,14 @@ def footprint(target, *args, training=True, grads=True, **kwargs):
     return op_footprint(target, tuple(tensors), kwargs, training)
 
 
+def test_what_makes_a_tensor_of_none_is_looked_at_without_making_it():
+    terabytes = [2**20, 2**20]
+    found = op_footprint(aten.full.default, (terabytes, 0.0), {"dtype": torch.float32}, False)
+    assert found.extra == 0 and found.aliases == (None,)
+    (launch,), _ = op_launches(aten.full.default, (terabytes, 0.0), {"dtype": torch.float32}, False)
+    assert launch.nbytes == FLOAT * math.prod(terabytes)
+
+
 def test_an_add_hands_its_gradient_to_both_operands_and_takes_nothing():
     found = footprint(aten.add.Tensor, (5, 6), (5, 6))
     assert found.gradients == (0, 0) and found.aliases == (None,)

@@ -355,6 +355,7 @@ def lumina_next():
         "LuminaNextDiT2DModel", sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
         num_attention_heads=3, num_kv_heads=1, multiple_of=16, cross_attention_dim=32,
     )
+    nn.init.normal_(model.pad_token)  # which it leaves as it finds the memory
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     kwargs = {"cross_attention_kwargs": {}, **PLAIN}
