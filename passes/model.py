@@ -314,10 +314,13 @@ class Model:
             storage, count = group.storages[0], len(group.storages)
             # For every resharding, the distinct expressions of all uses that want it, and of those with a gradient.
             wants: dict[tuple[Layout, Layout], tuple[dict[tuple, Expression], dict[tuple, Expression]]] = {}
-            for key, uses in group.uses.items():
+            # The same by the use that wants it, the earliest first; a resharding for several wishes of it, all of them.
+            by_use: dict[tuple[Layout, Layout], dict[tuple, Expression]] = {}
+            for key, uses in sorted(group.uses.items(), key=lambda item: item[1][0].stage):
                 for (a, b), expression in self._flow(group, key).items():
                     target = self.problem.target(uses[0], a, b)
                     if target != a:
+                        self._add(by_use.setdefault((a, target), {}).setdefault(key, {}), expression)
                         everyone, with_grad = wants.setdefault((a, target), ({}, {}))
                         name = tuple(sorted(expression.items()))
                         everyone[name] = expression
@@ -334,26 +337,19 @@ class Model:
                 else:
                     self._charge(f"y{group.number}_{position}", everyone, there * count)
                     self._charge(f"w{group.number}_{position}", with_grad, back * count)
-                self._reshard_again(group, a, b, resharding)
+                self._reshard_again(group, a, b, resharding, by_use[a, b])
 
-    def _reshard_again(self, group: _Group, source: Layout, target: Layout, resharding: Resharding) -> None:
+    def _reshard_again(
+        self, group: _Group, source: Layout, target: Layout, resharding: Resharding, by_use: Mapping[tuple, Expression]
+    ) -> None:
         """What a resharding costs once more, where it stands in a region that is recomputed: that of the first who wants it."""
         storage, weight = group.storages[0], self.problem.weight(resharding.cost)
         earlier: Expression = {}
-        by_region: dict[int | None, list[tuple[tuple, Use]]] = {}
-        for key, uses in sorted(group.uses.items(), key=lambda item: item[1][0].stage):
-            by_region.setdefault(self.problem.region_of.get(uses[0].stage), []).append((key, uses[0]))
-        for region, wanted in by_region.items() if weight else ():
-            own = []
-            for key, use in wanted:
-                pairs = self._flow(group, key).items()
-                found: Expression = {}
-                for (a, b), expression in pairs:
-                    if a == source and self.problem.target(use, a, b) == target:
-                        self._add(found, expression)
-                if found:
-                    own.append(found)
-            if region is not None and own and self.problem.is_inside(storage, region, source, target):
+        by_region: dict[int | None, list[Expression]] = {}
+        for key, expression in by_use.items():
+            by_region.setdefault(self.problem.region_of.get(group.uses[key][0].stage), []).append(expression)
+        for region, own in by_region.items() if weight else ():
+            if region is not None and self.problem.is_inside(storage, region, source, target):
                 bounds = []
                 for expression in own:
                     first = {**expression}

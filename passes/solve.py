@@ -88,13 +88,18 @@ def solve(
     if len(set(same)) > FOLDED * len(same):
         same = apart  # it would save little, and might have to be solved again
     model = Model(problem, same)
+    first: Answer | None = None  # that fits
     if capacity is None:
-        capacity = int(_frugal_peak(problem, model, left()) * (1 + SLACK))
+        first = _frugal(model, left())
+        capacity = _with_slack(problem, first)
     is_open = any(len(stage.strategies) > 1 for stage in problem.graph.stages)
     may_recompute = is_open and any(not region.forced for region in problem.regions)
     # Where blocks do not share their variables, all of it at once may take long: first one after the other.
     known = _shard_then_recompute(problem, model, None, capacity, left) if may_recompute and same == apart else None
-    answer, points = _solve(problem, model, capacity, left() / 4 if may_recompute and same != apart else left(), start=known)
+    limit = left() / 4 if may_recompute and same != apart else left()
+    answer, points = _solve(problem, model, capacity, limit, start=known or first)
+    if answer.choice is None and answer.status != "Infeasible" and first is not None:
+        answer = replace(first, status="Feasible", optimal=False)
     if same == apart:
         bound = _cost(problem, answer) if answer.optimal else _relaxed(model, points, capacity, left())
         answer = _better(problem, answer, known)
@@ -201,12 +206,19 @@ def _high_points(problem: Problem) -> set[int]:
     return {*ends, *largest}
 
 
-def _frugal_peak(problem: Problem, model: Model, time_limit: float) -> int:
-    """The peak of the plan that makes the fewest bytes: about the least that any plan reaches, and found at once."""
+def _frugal(model: Model, time_limit: float) -> Answer:
+    """The plan that makes the fewest bytes: its peak is about the least that any plan reaches, and it is found at once."""
     answer = model.solve({}, None, instead=model.made_bytes(), time_limit=time_limit)
     if answer.choice is None:
         raise out_of_time(time_limit)
-    return problem.peak(answer.choice, answer.recomputed)[0]
+    return answer
+
+
+def _with_slack(problem: Problem, frugal: Answer) -> int:
+    """The capacity that a plan gives where none was given."""
+    if frugal.choice is None:
+        raise AssertionError("a plan without a choice")
+    return int(problem.peak(frugal.choice, frugal.recomputed)[0] * (1 + SLACK))
 
 
 def out_of_time(time_limit: float) -> OutOfTimeError:
@@ -338,7 +350,7 @@ def _shard_then_recompute(
 ) -> Answer | None:
     """Each copy of a block decides for itself what it recomputes and keeps, where the sharding is settled: as it would be if
     memory were no matter, as without recomputing, or as it is known. None where nothing fits."""
-    frugal = int(_frugal_peak(problem, model, left() / 4) * (1 + SLACK))
+    frugal = _with_slack(problem, _frugal(model, left() / 4))
     cheap = [model.solve({}, capacity, time_limit=left() / 4), _solve(problem, model, frugal, left() / 4)[0]]
     best = known
     answers = [answer for answer in (*cheap, known) if answer is not None]
