@@ -97,7 +97,7 @@ class Agreement:
         """`check`, begun now and done by calling the result: in between the ranks need not wait for each other."""
         if self.size == 1:
             return lambda: None
-        own = torch.tensor([int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")])
+        own = torch.tensor([int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")], device="cpu")
         gathered = self._gather_tensors(own)
 
         def finish() -> None:
@@ -126,7 +126,7 @@ class Agreement:
         if self.size == 1 or not tensors:
             return
         own = [digest(tensor) or 0 for tensor in tensors]
-        told = torch.stack(self._gather_tensors(torch.tensor(own))()).t().tolist()
+        told = torch.stack(self._gather_tensors(torch.tensor(own, device="cpu"))()).t().tolist()
         holders = [_same(held) for held in parts]
         differ = [
             n for n, digests in enumerate(told) if any(len({digests[r] for r in ranks}) > 1 for ranks in holders[n])
@@ -171,9 +171,10 @@ class Agreement:
         """Every rank's value, in rank order."""
         if self.size == 1:
             return [value]
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self._gather_tensors(torch.tensor([own.numel()]))()
-        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        with torch.device("cpu"):  # `frombuffer` goes by the default device, and takes none
+            own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self._gather_tensors(torch.tensor([own.numel()], device="cpu"))()
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8, device="cpu")
         padded[: own.numel()] = own
         found = self._gather_tensors(padded)()
         return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(found, sizes)]

@@ -90,7 +90,7 @@ def _even_out(ranks: tuple[int, ...], timeout: timedelta) -> None:
     The name of a group is made from its ranks and from how many groups a process knows, and ranks that make different names
     wait for each other for ever. So those that know fewer make some more, alone in them.
     """
-    own = torch.tensor([groups_known()])
+    own = torch.tensor([groups_known()], device="cpu")
     known = begin_gather(ranks, ranks.index(dist.get_rank()), timeout, own)()
     for _ in range(int(max(known) - own)):
         dist.new_group([dist.get_rank()], use_local_synchronization=True)

@@ -484,14 +484,18 @@ class Problem:
 
     def decided(self, choice: Sequence[int]) -> Problem:
         """What is left to decide where every stage's strategy is settled: what is recomputed."""
-        stages = []
-        for stage in self.graph.stages:
-            k = choice[stage.index]
-            uses = tuple(replace(use, wanted=(use.wanted[k],)) for use in stage.uses)
-            stages.append(replace(stage, strategies=(stage.strategies[k],), made=(stage.made[k],), uses=uses))
+        return self.restricted([(k,) for k in choice])
 
-        def seconds(stage: int, _: int, again: bool) -> float:
-            return self._compute_seconds(stage, choice[stage], again)
+    def restricted(self, strategies: Sequence[Sequence[int]]) -> Problem:
+        """Where every stage has only some of its strategies left."""
+        stages = []
+        for stage, own in zip(self.graph.stages, strategies, strict=True):
+            uses = tuple(replace(use, wanted=tuple(use.wanted[k] for k in own)) for use in stage.uses)
+            left = {"strategies": tuple(stage.strategies[k] for k in own), "made": tuple(stage.made[k] for k in own)}
+            stages.append(replace(stage, uses=uses, **left))
+
+        def seconds(stage: int, k: int, again: bool) -> float:
+            return self._compute_seconds(stage, strategies[stage][k], again)
 
         graph = replace(self.graph, stages=tuple(stages))
         return Problem(

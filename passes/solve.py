@@ -11,10 +11,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dsp_auto.errors import InfeasibleError, StrategyError
 
+from .enumerate_strategies import Strategy
 from .fold import fold, split
+from .layout import Placement, R
 from .model import Answer, Model
 from .problem import Problem, Recomputed
 
@@ -29,6 +32,9 @@ RECOMPUTE_GAP = 0.001
 FOLDED = 0.7
 # Seconds that the unfolded problem gets at least.
 APART_SECONDS = 5.0
+# With more pairs of layouts than these, between which tensors may be resharded over several mesh dims, the whole problem takes
+# long to solve, so that a plan is looked for beforehand; or so long that it is not solved.
+MANY_PAIRS, TOO_MANY_PAIRS = 20_000, 60_000
 # With more program points than this, those that bind are found by looking at what a solution exceeds.
 FEW_POINTS, NEW_POINTS = 400, 24
 
@@ -67,6 +73,7 @@ def solve(
     capacity: int | None = None,
     *,
     use_folding: bool = True,
+    by_dims: bool = True,
     gap: float = GAP,
     time_limit: float = 60.0,
     unbounded: bool = False,
@@ -74,6 +81,7 @@ def solve(
     """The cheapest choice whose peak stays within `capacity` bytes.
 
     capacity: bytes per device, of what `Problem.whole` says; None: the peak of the plan that makes the fewest bytes, and 10%.
+    by_dims: whether a large problem is solved for one mesh dim after another first.
     gap: a folded plan further than this from its bound is solved for again without folding. time_limit: seconds, for all of it.
     unbounded: whether to say too what the least cost were with no bound on memory.
     Raises InfeasibleError where no choice fits, OutOfTimeError where none was found.
@@ -87,6 +95,10 @@ def solve(
     same = fold(problem.graph) if use_folding else apart
     if len(set(same)) > FOLDED * len(same):
         same = apart  # it would save little, and might have to be solved again
+    by_dims = by_dims and len(problem.graph.mesh.sizes) > 1
+    pairs = _pairs(problem, same) if by_dims else 0
+    if by_dims and pairs > TOO_MANY_PAIRS and (found := _one_dim_after_another(problem, capacity, left())) is not None:
+        return found
     model = Model(problem, same)
     first: Answer | None = None  # that fits
     if capacity is None:
@@ -96,6 +108,10 @@ def solve(
     may_recompute = is_open and any(not region.forced for region in problem.regions)
     # Where blocks do not share their variables, all of it at once may take long: first one after the other.
     known = _shard_then_recompute(problem, model, None, capacity, left) if may_recompute and same == apart else None
+    if by_dims and pairs > MANY_PAIRS:
+        found = _one_dim_after_another(problem, capacity, left() / 4)
+        by_dims = None if found is None else _answer(found)
+        first = by_dims if first is None else _better(problem, first, by_dims)
     limit = left() / 4 if may_recompute and same != apart else left()
     answer, points = _solve(problem, model, capacity, limit, start=known or first)
     if answer.choice is None and answer.status != "Infeasible" and first is not None:
@@ -362,6 +378,63 @@ def _shard_then_recompute(
         answer = replace(own, choice=choice, recomputed=found.recomputed)
         best = answer if best is None else _better(problem, best, answer)
     return best
+
+
+def _pairs(problem: Problem, same: Sequence[int]) -> int:
+    """Between how many pairs of layouts tensors may be resharded, where copies share a decision."""
+    graph = problem.graph
+    found = 0
+    for storage, uses in graph.uses.items():
+        entry = graph.storages[storage]
+        made = len({own[entry.result] for own in graph.stages[entry.maker].made})
+        found += sum(made * len(set(use.wanted)) for use in uses if same[use.stage] == use.stage)
+    return found
+
+
+def _one_dim_after_another(problem: Problem, capacity: int | None, time_limit: float) -> Solution | None:
+    """A plan that fits: what the first mesh dim shards is decided as if there were no others, and as much more memory; then
+    what the next one does. No bound is known of it. None where that leads nowhere."""
+    started, sizes = time.perf_counter(), problem.graph.mesh.sizes
+    on_each = [[_on_each_dim(strategy) for strategy in stage.strategies] for stage in problem.graph.stages]
+    choice: tuple[int, ...] | None = None
+    solution: Solution | None = None
+    for dim in range(len(sizes)):
+        strategies = []
+        for stage, own in enumerate(on_each):
+            known = () if choice is None else own[choice[stage]][:dim]
+            strategies.append(_first_of_alike(own, known, dim))
+        limit = max((started + time_limit - time.perf_counter()) / (len(sizes) - dim), time_limit / 10)
+        more = None if capacity is None else capacity * math.prod(sizes[dim + 1 :])
+        try:
+            solution = solve(problem.restricted(strategies), more, by_dims=False, time_limit=limit)
+        except (InfeasibleError, OutOfTimeError):
+            return None
+        choice = tuple(own[k] for own, k in zip(strategies, solution.choice, strict=True))
+    if choice is None or solution is None:
+        return None
+    return replace(solution, choice=choice, bound=0.0, status="Feasible", seconds={"solve": time.perf_counter() - started})
+
+
+def _first_of_alike(strategies: Sequence[tuple], known: tuple, dim: int) -> list[int]:
+    """Of the strategies that do as is known on earlier mesh dims, those that differ on this one; of several that differ only on
+    later ones, one that is whole there, or else cut as on this one."""
+    found: dict[tuple, tuple[tuple[bool, bool], int]] = {}
+    for k, own in enumerate(strategies):
+        if own[:dim] == known:
+            later = own[dim + 1 :]
+            otherwise = any(set(placed) - {R} for _, placed in later), any(cut != own[dim][0] for cut, _ in later)
+            found[own[: dim + 1]] = min(found.get(own[: dim + 1], ((True, True), k)), (otherwise, k))
+    return sorted(k for _, k in found.values())
+
+
+def _on_each_dim(strategy: Strategy) -> tuple[tuple[Any, tuple[Placement, ...]], ...]:
+    """What each mesh dim cuts, and how it places operands and results."""
+    layouts = (*strategy.operands, *strategy.results)
+    return tuple((cut, tuple(layout[m] for layout in layouts)) for m, cut in enumerate(strategy.cuts))
+
+
+def _answer(own: Solution) -> Answer:
+    return Answer("Feasible", False, None, own.choice, own.recomputed, own.solver, own.variables, own.constraints)
 
 
 def _infeasible(problem: Problem, model: Model, capacity: int, time_limit: float) -> InfeasibleError:

@@ -561,6 +561,37 @@ def _losses_that_differ(rank, ranks):
     return True
 
 
+class Resized(nn.Module):
+    """Ops whose rules look at numbers: a resampling, and mixing over both dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.mix(x).softmax(1)
+        small = nn.functional.interpolate(x.movedim(-1, 1), scale_factor=0.5, mode="nearest")
+        return (x + nn.functional.interpolate(small, scale_factor=2).movedim(1, -1)).softmax(2)
+
+
+def _under_defaults(rank, ranks, device, dtype):
+    torch.manual_seed(0)
+    model, x = Resized(), torch.randn(2, 8, 12, 8)
+    expected = model(x)
+    reference = gradients(model, expected, [])
+    parallel = dsp_auto.parallelize(model, sp_mesh(ranks))
+    torch.set_default_device(device)
+    torch.set_default_dtype(dtype)
+    try:
+        found = parallel(x)
+        grads = gradients(model, found, [])
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert deviation(found, expected) <= OUTPUT_TOLERANCE
+    return max(deviation(grads[name], grad, 1e-3) for name, grad in reference.items())
+
+
 def _training(rank, ranks, steps):
     losses = []
     for parallelized in (False, True):
@@ -714,6 +745,11 @@ def test_parts_of_different_ranks_of_dims_are_refused_on_every_rank(world):
 
 def test_ranks_whose_losses_use_different_outputs_still_sum_the_right_gradients(world):
     assert all(world(2).run(_losses_that_differ))
+
+
+@pytest.mark.parametrize("default", [("meta", torch.float32), (None, torch.bfloat16)])
+def test_the_defaults_of_torch_for_new_tensors_are_the_models_alone(world, default):
+    assert max(world(2).run(_under_defaults, *default)) <= GRADIENT_TOLERANCE
 
 
 def test_training_on_ranks_loses_what_training_on_one_device_loses(world):

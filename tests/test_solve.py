@@ -15,6 +15,7 @@ from dsp_auto.cost_models.hardware import as_hardware
 from dsp_auto.errors import InfeasibleError, MeshError, NoShardableFactorError
 from dsp_auto.mesh import as_mesh
 from dsp_auto.passes import model as model_file
+from dsp_auto.passes import solve as solve_file
 from dsp_auto.passes.capture import capture
 from dsp_auto.passes.layout import P, R, Shard, V, moves, ways
 from dsp_auto.passes.solve import solve
@@ -113,6 +114,34 @@ def test_the_same_on_two_mesh_dims_and_on_split_ones(start):
         cuts = [strategy.cuts for stage in problem.graph.stages for strategy in stage.strategies]
         shared += any(own[0] and own[0] == own[1] for own in cuts)
     assert split > 2 and shared > 2
+
+
+TWO_DIMS = ("2x2", "2x3", "3x2", "8", "9")
+
+
+def test_a_plan_that_is_found_one_mesh_dim_after_another_fits_and_is_where_the_solver_begins(monkeypatch):
+    monkeypatch.setattr(solve_file, "MANY_PAIRS", -1)
+    for seed in range(20):
+        check_against_every_choice(random_problem(seed, TWO_DIMS, ("dsp", "auto", "megatron-sp"), most_ops=4), seed)
+
+
+def test_a_problem_too_large_to_be_solved_whole_gets_a_plan_that_fits_and_says_that_no_bound_is_known(monkeypatch):
+    best = found = 0
+    for seed in range(40):
+        problem = random_problem(seed, TWO_DIMS, ("dsp", "auto"), most_ops=4)
+        peak = solve(problem).capacity_bytes
+        least = solve(problem, peak).objective
+        with monkeypatch.context() as patched:
+            patched.setattr(solve_file, "TOO_MANY_PAIRS", -1)
+            solution = solve(problem, peak)
+        assert solution.peak_bytes <= peak == solution.capacity_bytes
+        assert solution.objective == pytest.approx(problem.cost(solution.choice, solution.recomputed))
+        assert solution.objective >= least - 1e-6
+        if solution.status == "Feasible":  # it was found by dims
+            found += 1
+            assert solution.bound == 0
+            best += solution.objective <= least + 1e-6
+    assert found > 20 and best > found / 2
 
 
 def chain(seed: int):
