@@ -2,7 +2,8 @@
 
 Without a capacity, replicating everything would send nothing. So then Capacity is the peak of the plan that makes the fewest
 bytes, and a slack. Repeated blocks share their variables (`fold`), and the mean over the copies gives a lower bound, which the
-plan carries. A plan that is further from its bound than `GAP` is solved for again without sharing.
+plan carries. A plan that is further from its bound than `GAP` is solved for again without sharing. Over several mesh dims the
+problem may be large: then one dim is decided after another first, and the solver begins there.
 """
 
 from __future__ import annotations
