@@ -554,6 +554,7 @@ class ParallelModule(nn.Module):
         """What is to be decided; the names of the parameters held in parts that the program must be given whole; and of the
         plans that were given the one for this call."""
         state, mesh = self._dsp, as_mesh(self._dsp.mesh)
+        self._check_device(args, kwargs)
         with step(f"capture of {type(state.model).__name__}"), self._to_capture(args, kwargs, shapes, called) as call:
             program = capture(state.model, *call, state.hooks)
         given = find_fitting(state.given, program, mesh) if state.given else None
@@ -582,6 +583,19 @@ class ParallelModule(nn.Module):
         call = _whole_arguments(mode, args, kwargs, shapes)
         with fake_whole_parameters(state.model, mode, called.managed):
             yield call
+
+    def _check_device(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """That something of the model is on the devices of the mesh: their collectives take nothing else."""
+        state = self._dsp
+        leaves = (*state.model.parameters(), *state.model.buffers(), *pytree.tree_leaves((args, kwargs)))
+        kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta}
+        own = state.mesh.device_type
+        if kinds and own not in kinds:
+            raise MeshError(
+                asked=f"parallelize over a mesh of {own} devices",
+                found=f"the model and its arguments are on {' and '.join(sorted(kinds))}",
+                remedy=f'move both, as with model.to("{own}"), or make the mesh of the devices that they are on',
+            )
 
     def _options(self) -> Options:
         """The options, with what is free now on the rank that has least for the capacity "free"."""

@@ -344,6 +344,14 @@ class FailsOnRank1(nn.Module):
         return self.inner(x).softmax(1)
 
 
+def _on_another_device(rank, ranks):
+    model, args, _ = transformer_2d(**SMALL)
+    mesh = init_device_mesh("cuda", (ranks,), mesh_dim_names=("sp",))
+    with pytest.raises(dsp_auto.MeshError, match=r'mesh of cuda devices.*are on cpu.*model.to\("cuda"\)'):
+        dsp_auto.parallelize(model, mesh)(*args)
+    return True
+
+
 def _one_rank_fails(rank, ranks):
     parallel = dsp_auto.parallelize(FailsOnRank1(rank), sp_mesh(ranks))
     with pytest.raises(dsp_auto.DspError) as error:
@@ -692,6 +700,10 @@ def test_ranks_with_different_versions_are_told_so(world):
 
 def test_ranks_with_different_models_are_told_so(world):
     assert all(world(2).run(_different_models))
+
+
+def test_a_model_on_other_devices_than_those_of_the_mesh_is_told_to_move(world):
+    assert all(world(2).run(_on_another_device))
 
 
 def test_an_error_on_one_rank_is_an_error_on_all(world):
