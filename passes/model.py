@@ -58,6 +58,8 @@ from .stages import Stage, Use, strip
 # not.
 _SCALE = 1e4
 _PRECISE = {"mip_feasibility_tolerance": 1e-9, "mip_abs_gap": 0.0}
+# A few nodes prove the optimum of these programs, and to choose each by trying many branches took longer than the rest.
+_BRANCHING = {"mip_pscost_minreliable": 1}
 
 Expression = dict[str, float]
 ByLayout = dict[Layout, Expression]
@@ -781,7 +783,7 @@ def make_solver(
 ) -> tuple[pulp.LpSolver, str]:
     """HiGHS where its wheel is there, PuLP's bundled CBC elsewhere. start: values of integer variables to begin at (HiGHS)."""
     if pulp.HiGHS().available():
-        highs = _HiGHS(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1, **_PRECISE)
+        highs = _HiGHS(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1, **_PRECISE, **_BRANCHING)
         highs.start = start or {}
         return highs, "HiGHS"
     return pulp.PULP_CBC_CMD(msg=False, mip=integer, gapRel=0.0, timeLimit=time_limit, threads=1), "CBC"

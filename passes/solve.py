@@ -109,12 +109,12 @@ def solve(
     may_recompute = is_open and any(not region.forced for region in problem.regions)
     # Where blocks do not share their variables, all of it at once may take long: first one after the other.
     known = _shard_then_recompute(problem, model, None, capacity, left) if may_recompute and same == apart else None
-    if by_dims and pairs > MANY_PAIRS:
-        found = _one_dim_after_another(problem, capacity, left() / 4)
-        by_dims = None if found is None else _answer(found)
-        first = by_dims if first is None else _better(problem, first, by_dims)
+    if by_dims and pairs > MANY_PAIRS and (found := _one_dim_after_another(problem, capacity, left() / 4)) is not None:
+        known = _better(problem, _answer(found), known)
+        first = known if first is None else _better(problem, first, known)
     limit = left() / 4 if may_recompute and same != apart else left()
-    answer, points = _solve(problem, model, capacity, limit, start=known or first)
+    # (From the frugal plan, which is seldom near the best one, the solver took longer than from none.)
+    answer, points = _solve(problem, model, capacity, limit, start=known)
     if answer.choice is None and answer.status != "Infeasible" and first is not None:
         answer = replace(first, status="Feasible", optimal=False)
     if same == apart:
