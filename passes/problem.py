@@ -491,8 +491,8 @@ class Problem:
         stages = []
         for stage, own in zip(self.graph.stages, strategies, strict=True):
             uses = tuple(replace(use, wanted=tuple(use.wanted[k] for k in own)) for use in stage.uses)
-            left = {"strategies": tuple(stage.strategies[k] for k in own), "made": tuple(stage.made[k] for k in own)}
-            stages.append(replace(stage, uses=uses, **left))
+            left, made = tuple(stage.strategies[k] for k in own), tuple(stage.made[k] for k in own)
+            stages.append(replace(stage, strategies=left, made=made, uses=uses))
 
         def seconds(stage: int, k: int, again: bool) -> float:
             return self._compute_seconds(stage, strategies[stage][k], again)

@@ -102,12 +102,12 @@ def _scales(call: OpCall, count: int) -> list[float | None]:
 
 def _is_exact(old: int, new: int, scale: float | None, exact: bool) -> bool:
     """Whether the source of every result is what a whole factor says; the op computes it in single precision."""
-    cpu = {"device": "cpu"}
-    step = torch.tensor(old / new if scale is None else 1 / scale, dtype=torch.float32, **cpu)
-    place = torch.arange(new, dtype=torch.float32, **cpu)
-    source = ((place + 0.5 if exact else place) * step).floor().clamp(max=old - 1)
     factor = max(old, new) // min(old, new)
-    expected = torch.arange(new, **cpu) // factor if new > old else torch.arange(new, **cpu) * factor
+    with torch.device("cpu"):
+        step = torch.tensor(old / new if scale is None else 1 / scale, dtype=torch.float32)
+        place = torch.arange(new, dtype=torch.float32)
+        source = ((place + 0.5 if exact else place) * step).floor().clamp(max=old - 1)
+        expected = torch.arange(new) // factor if new > old else torch.arange(new) * factor
     return torch.equal(source.long(), expected)
 
 
