@@ -8,8 +8,7 @@ formulas count it here: 4 s t d forward, 10 s t d backward (the scores once more
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -122,27 +121,33 @@ class Call:
 
 
 def call_of(function: Any, target: Any, args: tuple, kwargs: Mapping[str, Any], training: bool) -> Any:
-    """What a cached `function` says of a call."""
+    """What a `function` that is cached `by_call` says of a call."""
     key = (target, _describe(tuple(args)), tuple((name, _describe(value)) for name, value in kwargs.items()), training)
     call = Call(target, args, dict(kwargs), key)
     try:
-        with nullcontext() if is_anywhere(target) else _mode_of((args, kwargs)):
-            try:
-                return function(call, training)
-            except TypeError:  # an argument that cannot be hashed
-                return function.__wrapped__(call, training)
+        return function(call, training)
+    except TypeError:  # an argument that cannot be hashed
+        return function.__wrapped__(call, training)
     finally:
         call.args, call.kwargs = (), {}  # the cache keeps the call, which would keep a whole graph through its tensors
 
 
-def _mode_of(arguments: Any) -> FakeTensorMode:
-    """In which whatever a call makes is fake: what it makes of no tensor, however large, and what an op makes inside (a mask in
-    numbers)."""
-    modes = [leaf.fake_mode for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, FakeTensor)]
-    return modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
+def by_call(function: Callable[[Call, bool], Any]) -> Any:
+    """Decorates a function for `call_of`. It is asked once about equal calls, and inside whatever a call makes is fake: what is
+    made of no tensor, however large, and what an op makes by itself (a mask in numbers)."""
+
+    @lru_cache(maxsize=4096)
+    def cached(call: Call, training: bool) -> Any:
+        if is_anywhere(call.target):
+            return function(call, training)
+        modes = [x.fake_mode for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, FakeTensor)]
+        with modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True):
+            return function(call, training)
+
+    return cached
 
 
-@lru_cache(maxsize=4096)
+@by_call
 def _launches(call: Call, training: bool) -> tuple[tuple[Launch, ...], ...]:
     args, kwargs, leaves = call.with_leaves(training)
     with torch.set_grad_enabled(training), RecordLaunches() as forward:

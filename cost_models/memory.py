@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 from weakref import finalize
 
@@ -34,7 +33,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .compute import Call, call_of
+from .compute import Call, by_call, call_of
 
 
 class LiveStorages(TorchDispatchMode):
@@ -116,7 +115,7 @@ def op_footprint(target: Any, args: tuple, kwargs: Mapping[str, Any], training: 
     return call_of(_footprint, target, args, kwargs, training)
 
 
-@lru_cache(maxsize=4096)
+@by_call
 def _footprint(call: Call, training: bool) -> Footprint:
     args, kwargs, operands = call.with_leaves(training)
     return run_footprint(lambda: call.target(*args, **kwargs), operands, training)
